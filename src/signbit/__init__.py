@@ -1,0 +1,22 @@
+"""signbit: one bit per weight, for real.
+
+    signbit.quantize(model, out, recipe)   write a packed checkpoint
+    signbit.load(directory)                (model, tokenizer), packed
+    signbit.evaluate(model, ...)           perplexity, divergence from the original
+    signbit.inspect(directory)             honest bits, itemised
+
+Importing signbit registers it with transformers, so that ``AutoModelForCausalLM.from_pretrained`` loads its checkpoints.
+"""
+
+from signbit import huggingface as _huggingface  # registers the quantizer; the only effect of importing signbit
+from signbit.accounting import inspect
+from signbit.checkpoint import load
+from signbit.errors import SignbitError
+from signbit.evaluation import evaluate
+from signbit.pipeline import quantize
+from signbit.recipe import Recipe, presets
+from signbit.version import __version__
+
+__all__ = ["Recipe", "SignbitError", "__version__", "evaluate", "inspect", "load", "presets", "quantize"]
+
+del _huggingface

@@ -1,0 +1,7 @@
+"""``python -m signbit``."""
+
+import sys
+
+from signbit.cli import main
+
+sys.exit(main())

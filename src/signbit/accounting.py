@@ -1,0 +1,118 @@
+"""Honest bits: what a checkpoint takes, counted from its files.
+
+Bits per weight = 8 x bytes that belong to the quantized linear layers (every packed tensor: signs, masks, column maps,
+scales, means, padding) / number of weights that they replace. Biases, norms and embeddings are not quantized linears;
+they are in the other totals.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from signbit import checkpoint
+from signbit.architectures import find_blocks
+from signbit.layouts import count_items, parse_spec
+from signbit.report.quantization import QuantizationReport
+from signbit.safetensors_file import StoredTensor
+from signbit.source import open_source, resolve
+
+
+def inspect(model: str | Path) -> dict[str, Any]:
+    """Bits and bytes of MODEL, as ``signbit inspect --json`` prints them.
+
+    For a model that is not a signbit checkpoint there is nothing quantized to list; its totals are those of its weights
+    in their stored dtype.
+    """
+    path = resolve(str(model))
+    if path.is_file() or not checkpoint.is_checkpoint(path):
+        return _original(str(model))
+    quantization = checkpoint.read_quantization(path)
+    stored = checkpoint.check_tensors(path, quantization)
+    report = QuantizationReport.read(path)
+    reports = {layer.name: layer for layer in report.layers} if report else {}
+    packed: dict[str, list[StoredTensor]] = {}
+    for tensor in stored.values():
+        owner, separator, _ = tensor.name.partition(".packed.")
+        if separator:
+            packed.setdefault(owner, []).append(tensor)
+    layers, items, weights, nominal = [], {}, 0, 0.0
+    row_bytes = 0
+    for name, description in quantization["layers"].items():
+        layout, spec = parse_spec(name, description)
+        nbytes = sum(tensor.nbytes for tensor in packed[name])
+        if layout.kind == "integer_rows":  # embeddings and head
+            row_bytes += nbytes
+            continue
+        count = math.prod(spec.shape)
+        bits = layout(spec, device="meta").nominal_bits
+        weights += count
+        nominal += bits * count
+        for item, size in count_items(spec).items():
+            items[item] = items.get(item, 0) + size
+        layer = {
+            "name": name,
+            "shape": list(spec.shape),
+            "layout": layout.kind,
+            "bytes": nbytes,
+            "bits_per_weight": 8 * nbytes / count,
+            "nominal_bits_per_weight": bits,
+        }
+        if name in reports:
+            layer |= {"weight_error": reports[name].weight_error, "output_error": reports[name].output_error}
+        layers.append(layer)
+    quantized = sum(layer["bytes"] for layer in layers)
+    total = sum(tensor.nbytes for tensor in stored.values())
+    embeddings = row_bytes + _embedding_bytes(stored, report)
+    return {
+        "model": str(model),
+        "method": quantization["method"],
+        "format_version": quantization["format_version"],
+        "bits_per_weight": 8 * quantized / weights if weights else None,
+        "nominal_bits_per_weight": nominal / weights if weights else None,
+        "quantized_weights": weights,
+        "bytes": {
+            "quantized": quantized,
+            "embeddings": embeddings,
+            "other": total - quantized - embeddings,
+            "total": total,
+            "files": sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()}),
+        },
+        "items": items,
+        "recipe": checkpoint.read_recipe(path),
+        "layers": layers,
+        "unquantized": report.unquantized if report else {},
+    }
+
+
+def _embedding_bytes(stored: dict[str, StoredTensor], report: QuantizationReport | None) -> int:
+    """Bytes of embeddings and heads that are stored as they were."""
+    reasons = report.unquantized if report else {}
+    return sum(
+        tensor.nbytes for name, tensor in stored.items() if reasons.get(name) in ("embedding", "output head")
+    )
+
+
+def _original(model: str) -> dict[str, Any]:
+    source = open_source(model)
+    try:
+        prefix, _ = find_blocks(source.skeleton)
+        size = source.dtype.itemsize
+        names = dict(source.skeleton.named_parameters())
+        tied = set(source.skeleton.all_tied_weights_keys)
+        total = sum(p.numel() * size for name, p in names.items() if name not in tied)
+        inside = sum(p.numel() * size for name, p in names.items() if name.startswith(f"{prefix}."))
+    finally:
+        source.close()
+    return {
+        "model": model,
+        "method": None,
+        "bits_per_weight": None,
+        "nominal_bits_per_weight": None,
+        "quantized_weights": 0,
+        "bytes": {"quantized": 0, "embeddings": total - inside, "other": inside, "total": total},
+        "items": {},
+        "layers": [],
+        "unquantized": {},
+    }

@@ -1,0 +1,89 @@
+"""The Hessian of a linear layer's squared output error, and its triangular factor.
+
+For one linear y = W x and its calibration inputs x_1 .. x_N, changing W by D costs
+
+    sum_t |D x_t|^2 / N = 1/2 tr(D H D^T)          H = 2/N sum_t x_t x_t^T
+
+Every post-training method here works with the upper triangular U of
+
+    H^-1 = U^T U          so that          H = R R^T  with  R = U^-1 upper triangular.
+
+U_jj^2 is the j-th diagonal entry of the inverse Hessian of columns j.. (the OBS denominator once the columns before j
+are settled; GPTQ, arXiv 2210.17323, section 3.3). R comes from one Cholesky factorization of H with rows and columns
+in reverse order, and U from one triangular solve: H is never inverted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from signbit.errors import SignbitError
+
+# Width of the column panels in which the lower triangle of H is accumulated: narrow enough to skip most of the upper
+# triangle, wide enough for the matrix products to run at full speed.
+PANEL = 384
+MAX_DAMPING = 10.0
+
+
+class HessianAccumulator:
+    """H of one linear's input, in float32, from batches of activations."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._lower = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, activations: Tensor) -> None:
+        """Add inputs ``[..., in]`` of any float dtype."""
+        x = activations.reshape(-1, self._lower.shape[0]).float()
+        for start in range(0, x.shape[1], PANEL):
+            stop = min(start + PANEL, x.shape[1])
+            self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+        self.tokens += x.shape[0]
+
+    def hessian(self) -> Tensor:
+        """H ``[in, in]``, exactly symmetric; zeros if no token was ever seen."""
+        lower = self._lower * (2.0 / max(self.tokens, 1))
+        return torch.tril(lower) + torch.tril(lower, -1).T
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Triangular factor of a damped Hessian. All ``[in, in]`` float32.
+
+    upper: U with H^-1 = U^T U; inverse: U^-1; dead: bool [in], inputs that were always zero; damping: the fraction of
+    the mean diagonal that was added.
+    """
+
+    upper: Tensor
+    inverse: Tensor
+    dead: Tensor
+    damping: float
+
+
+def factorize(hessian: Tensor, damping: float) -> Factor:
+    """Factor H + damping * mean(diag H) * I, with ten times more damping each time Cholesky fails.
+
+    Inputs that were zero on all calibration data say nothing about their columns: they get a diagonal of 1, and the
+    caller sets their weights to zero.
+    """
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = float(diagonal.mean())
+    diagonal[dead] = 1.0
+    mean = mean if mean > 0 else 1.0
+    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    while damping <= MAX_DAMPING:
+        damped = hessian + (damping * mean) * eye
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed and torch.isfinite(lower).all():
+            root = lower.flip(0, 1).contiguous()
+            upper = torch.linalg.solve_triangular(root, eye, upper=True)
+            return Factor(upper=upper, inverse=root, dead=dead, damping=damping)
+        damping = damping * 10 if damping > 0 else 1e-4
+    raise SignbitError(
+        f"the Hessian cannot be factorized even with damping {MAX_DAMPING:g}: use more or different calibration text"
+    )

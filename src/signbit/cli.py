@@ -1,0 +1,217 @@
+"""The command line: parses, calls the API, prints.
+
+Output for people goes to stderr; ``--json FILE`` writes one JSON object, to stdout when FILE is ``-``. Exit status: 0
+done; 2 bad usage or bad input, with one line that says what and what to do; 1 an internal failure.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+import transformers
+
+from signbit import accounting, console, inference
+from signbit.errors import SignbitError
+from signbit.evaluation import evaluate
+from signbit.methods import METHODS
+from signbit.pipeline import quantize
+from signbit.recipe import CommonOptions, Recipe, parse_overrides, presets
+from signbit.safetensors_file import write_text
+from signbit.version import __version__
+
+_device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+_trust = click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with the model.")
+_json = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="signbit")
+def app() -> None:
+    """Large language models with about one bit a weight: quantized, stored and run that way.
+
+    MODEL is a hub id, a directory, a signbit checkpoint, a .gguf file, or 'demo'.
+    """
+
+
+@app.command("quantize")
+@click.argument("model")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new checkpoint.")
+@click.option("--recipe", default="billm", show_default=True, help=f"A preset ({', '.join(presets())}) or a YAML file.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
+@click.option("--calib", metavar="SOURCE", help="wikitext2, c4, ptb, a .txt/.raw/.jsonl file, or self.")
+@click.option("--samples", type=int, help="Calibration sequences.")
+@click.option("--seqlen", type=int, help="Tokens in each.")
+@click.option("--seed", type=int)
+@_device
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same command.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, or what is left of an interrupted run.")
+@_trust
+def quantize_command(
+    model: str,
+    out: Path,
+    recipe: str,
+    overrides: tuple[str, ...],
+    device: str,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    **shortcuts: Any,
+) -> None:
+    """Quantize MODEL and write a checkpoint."""
+    given = {key: value for key, value in shortcuts.items() if value is not None}
+    report = quantize(
+        model,
+        out,
+        Recipe.load(recipe, {**parse_overrides(overrides), **given}),
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        progress=console.ConsoleProgress(),
+    )
+    console.console.print(console.quantization_table(report))
+    console.console.print(console.unquantized_table(report.unquantized))
+    notes = console.notes_table(report)
+    if notes is not None:
+        console.console.print(notes)
+    if report.seconds:
+        console.console.print(console.seconds_table(report.seconds))
+    for table in console.inspection_tables(accounting.inspect(out), per_layer=False):
+        console.console.print(table)
+
+
+@app.command("eval")
+@click.argument("model")
+@click.option("--perplexity", multiple=True, metavar="SOURCE", help="Text to score; may be given more than once.")
+@click.option("--seqlen", type=int, default=2048, show_default=True, help="Tokens in a window.")
+@click.option("--windows", type=int, help="Only the first so many windows.")
+@click.option("--against", metavar="ORIGINAL", help="Also the divergence from this model.")
+@_device
+@_trust
+@_json
+def eval_command(model: str, perplexity: tuple[str, ...], json_file: str | None, **options: Any) -> None:
+    """Perplexity of MODEL, and its divergence from the original."""
+    result = evaluate(model, perplexity=perplexity or ("wikitext2",), progress=console.ConsoleProgress(), **options)
+    for source, value in result["perplexity"].items():
+        line = f"perplexity on {source}: {value:,.4g} ({result['tokens'][source]:,} tokens)"
+        if "divergence" in result:
+            divergence = result["divergence"][source]
+            line += f", KL {divergence['kl']:.4f}, same top token {divergence['top1_agreement']:.1%}"
+        console.console.print(line)
+    _write_json(result, json_file)
+
+
+@app.command("inspect")
+@click.argument("model")
+@_json
+def inspect_command(model: str, json_file: str | None) -> None:
+    """Bits per weight, itemised, counted from the files of MODEL."""
+    result = accounting.inspect(model)
+    for table in console.inspection_tables(result):
+        console.console.print(table)
+    if result["unquantized"]:
+        console.console.print(console.unquantized_table(result["unquantized"]))
+    _write_json(result, json_file)
+
+
+@app.command("generate")
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--max-tokens", type=int, default=64, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@_device
+@_trust
+def generate_command(model: str, prompt: str, **options: Any) -> None:
+    """Continue PROMPT with MODEL; the new text goes to stdout."""
+    click.echo(inference.generate(model, prompt, **options))
+
+
+@app.command("methods")
+@_json
+def methods_command(json_file: str | None) -> None:
+    """Every method: its paper, its layout, its options with their defaults."""
+    described = [
+        {
+            "name": method.name,
+            "summary": method.summary,
+            "paper": method.paper,
+            "layout": method.layout.kind,
+            "calibrated": method.calibrated,
+            "options": _describe_options(method.options),
+        }
+        for method in METHODS.values()
+    ]
+    common = _describe_options(CommonOptions)
+    for entry in described:
+        console.console.print(f"[bold]{entry['name']}[/bold]  {entry['summary']}\n  {entry['paper']}; layout {entry['layout']}")
+        _print_options(entry["options"])
+    console.console.print("[bold]every recipe[/bold]")
+    _print_options(common)
+    console.console.print(f"presets: {', '.join(presets())}")
+    _write_json({"methods": described, "common_options": common, "presets": presets()}, json_file)
+
+
+def _describe_options(model: Any) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"default": model.model_fields[name].default, "description": model.model_fields[name].description}
+        for name in model.model_fields
+    }
+
+
+def _print_options(options: dict[str, dict[str, Any]]) -> None:
+    for name, option in options.items():
+        console.console.print(f"    {name}={option['default']}  {option['description']}", markup=False)
+
+
+def _write_json(result: dict[str, Any], file: str | None) -> None:
+    if file is None:
+        return
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    if file == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        write_text(Path(file), text)
+    except OSError as error:
+        raise SignbitError(f"{file} cannot be written: {error.strerror}") from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    # Their progress bars and warnings are about things that signbit reports itself.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        result = app.main(arguments, prog_name="signbit", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except SignbitError as error:
+        return _fail(str(error), 2)
+    except click.UsageError as error:
+        return _fail(f"{error.format_message()} (signbit {_command(error)}--help shows the usage)", 2)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return _fail("internal error; please report it with the lines above", 1)
+
+
+def _command(error: click.UsageError) -> str:
+    name = error.ctx.info_name if error.ctx is not None and error.ctx.parent is not None else None
+    return f"{name} " if name else ""
+
+
+def _fail(message: str, status: int) -> int:
+    click.echo(f"signbit: {' '.join(message.split())}", err=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What people see: progress with the time left, and tables, on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from signbit.report.quantization import QuantizationReport
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class ConsoleProgress:
+    """Progress bars on stderr; in a log file, a line at each tenth instead."""
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Any]:
+        if not console.is_terminal:
+            yield _Lines(description, total)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bars:
+            yield _Bar(bars, bars.add_task(description, total=total))
+
+    def note(self, message: str) -> None:
+        console.print(message)
+
+
+class _Bar:
+    def __init__(self, bars: Progress, task: Any) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, steps: int = 1) -> None:
+        self._bars.advance(self._task, steps)
+
+
+class _Lines:
+    def __init__(self, description: str, total: int) -> None:
+        import time
+
+        self._description, self._total, self._done = description, total, 0
+        self._clock, self._started = time.monotonic, time.monotonic()
+
+    def advance(self, steps: int = 1) -> None:
+        before, self._done = self._done, self._done + steps
+        if self._done * 10 // self._total > before * 10 // self._total:
+            elapsed = self._clock() - self._started
+            left = elapsed / self._done * (self._total - self._done)
+            console.print(f"{self._description}: {self._done}/{self._total}, {elapsed:.0f} s, about {left:.0f} s left")
+
+
+def quantization_table(report: QuantizationReport) -> Table:
+    """Errors by kind of layer, since a large model has hundreds."""
+    table = Table("layers", "number", "bits/weight", "weight error", "output error")
+    kinds: dict[str, list[Any]] = {}
+    for layer in report.layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    for kind, layers in [*kinds.items(), ("all", report.layers)]:
+        outputs = [layer.output_error for layer in layers if layer.output_error is not None]
+        table.add_row(
+            kind,
+            str(len(layers)),
+            f"{_mean([layer.bits_per_weight for layer in layers]):.3f}",
+            f"{_mean([layer.weight_error for layer in layers]):.4f}",
+            f"{_mean(outputs):.4f}" if outputs else "-",
+        )
+    return table
+
+
+def unquantized_table(unquantized: dict[str, str]) -> Table:
+    """What was left as it is, counted by reason."""
+    table = Table("not quantized because", "tensors", "for example")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in unquantized.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        table.add_row(reason, str(len(names)), names[0])
+    return table
+
+
+def notes_table(report: QuantizationReport) -> Table | None:
+    """Layers with anything out of the ordinary; None if there are none."""
+    noted = [(layer.name, note) for layer in report.layers for note in layer.notes]
+    if not noted:
+        return None
+    table = Table("layer", "note")
+    for row in noted:
+        table.add_row(*row)
+    return table
+
+
+def seconds_table(seconds: dict[str, float]) -> Table:
+    table = Table("phase", "seconds")
+    for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{value:.1f}")
+    table.add_row("total", f"{sum(seconds.values()):.1f}")
+    return table
+
+
+def inspection_tables(result: dict[str, Any], per_layer: bool = True) -> list[Table]:
+    summary = Table("", str(result["model"]))
+    if result["bits_per_weight"] is not None:
+        summary.add_row("method", result["method"])
+        summary.add_row("bits per weight", f"{result['bits_per_weight']:.4f} (counted from the file)")
+        summary.add_row("as the papers count", f"{result['nominal_bits_per_weight']:.4f}")
+        summary.add_row("quantized weights", f"{result['quantized_weights']:,}")
+    for name, size in result["bytes"].items():
+        summary.add_row(f"bytes, {name}", f"{size:,}")
+    for name, size in result["items"].items():
+        summary.add_row(f"  {name}", f"{size:,} ({8 * size / result['quantized_weights']:.4f} bits a weight)")
+    tables = [summary]
+    if result["layers"] and per_layer:
+        layers = Table("layer", "shape", "layout", "bits/weight", "output error")
+        for layer in result["layers"]:
+            error = layer.get("output_error")
+            layers.add_row(
+                layer["name"],
+                "x".join(map(str, layer["shape"])),
+                layer["layout"],
+                f"{layer['bits_per_weight']:.3f}",
+                "-" if error is None else f"{error:.4f}",
+            )
+        tables.append(layers)
+    return tables
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

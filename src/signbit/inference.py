@@ -1,0 +1,66 @@
+"""Opening any MODEL to run it: a signbit checkpoint packed, anything else as transformers has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from signbit import checkpoint
+from signbit.device import choose_device
+from signbit.errors import SignbitError
+from signbit.safetensors_file import check_directory
+from signbit.source import first_line, load_config, load_tokenizer, resolve
+
+
+def open_model(model: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer), ready to run. CPUs compute in float32, GPUs in the stored dtype."""
+    chosen = choose_device(device)
+    path = resolve(model)
+    dtype: Any = torch.float32 if chosen.type == "cpu" else "auto"
+    device_map = None if chosen.type == "cpu" else {"": chosen.type}
+    if path.is_dir() and checkpoint.is_checkpoint(path):
+        return checkpoint.load(path, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        if path.is_file():
+            opened = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            tokenizer = load_tokenizer(model, path.parent, gguf_file=path.name)
+            return opened.to(chosen).eval(), tokenizer
+        load_config(model, path, trust_remote_code)
+        check_directory(path)
+        opened = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError, ImportError) as error:
+        raise SignbitError(f"{model} cannot be loaded: {first_line(error)}") from error
+    return opened.eval(), load_tokenizer(model, path, trust_remote_code=trust_remote_code)
+
+
+@torch.inference_mode()
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> str:
+    """Continue ``prompt``; returns the new text only. temperature 0 is greedy."""
+    if not prompt:
+        raise SignbitError("the prompt is empty")
+    if max_tokens < 1 or temperature < 0:
+        raise SignbitError("max-tokens must be at least 1 and temperature at least 0")
+    opened, tokenizer = open_model(model, device=device, trust_remote_code=trust_remote_code)
+    inputs = tokenizer(prompt, return_tensors="pt").to(opened.device)
+    inputs.pop("token_type_ids", None)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+    tokens = opened.generate(
+        **inputs, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling
+    )
+    text: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text

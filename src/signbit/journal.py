@@ -1,0 +1,123 @@
+"""The journal of a run: what is finished, on disk, so that a run that is killed goes on where it was.
+
+A run writes to ``OUT.partial`` and nothing else until it is done:
+
+    OUT.partial/journal.json            what is being done: recipe, source, versions
+    OUT.partial/tokens.safetensors      the calibration batches
+    OUT.partial/outer-*.safetensors     what is outside the blocks, as it will be stored
+    OUT.partial/block-00007.safetensors a finished block: packed and kept tensors; its layers' reports as metadata
+    OUT.partial/checkpoint/             the checkpoint being put together; renamed to OUT as the last step
+
+Every file is written under another name, synced and renamed, so a file that is there is whole. Activations are not kept:
+a resumed run computes them again from the finished blocks, which gives the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from signbit.errors import SignbitError
+from signbit.report.quantization import LayerReport
+from signbit.safetensors_file import StoredTensor, atomic_file, read_header, write_text
+
+
+@dataclass
+class FinishedBlock:
+    """layers: linear name -> layout description; reports in the order of work; tensors: everything to be stored."""
+
+    layers: dict[str, dict[str, Any]]
+    reports: list[LayerReport]
+    tensors: dict[str, Tensor]
+
+
+class Journal:
+    def __init__(self, out: Path) -> None:
+        self.directory = out.with_name(out.name + ".partial")
+        self.staging = self.directory / "checkpoint"
+        self._manifest = self.directory / "journal.json"
+
+    @property
+    def exists(self) -> bool:
+        return self._manifest.is_file()
+
+    def start(self, identity: dict[str, Any]) -> None:
+        """A new journal in place of any old one."""
+        self.discard()
+        self.directory.mkdir(parents=True)
+        write_text(self._manifest, json.dumps(identity, indent=1))
+
+    def check(self, identity: dict[str, Any]) -> None:
+        """SignbitError unless the journal was begun for the same run."""
+        try:
+            found = json.loads(self._manifest.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SignbitError(f"{self._manifest} is damaged: start again with --overwrite") from error
+        different = describe_difference(found, identity)
+        if different:
+            raise SignbitError(
+                f"{self.directory} was begun {different}: resume with the same command, or start anew with --overwrite"
+            )
+
+    def discard(self) -> None:
+        # The manifest goes last: while it is there, the rest can still be recognised for what it is.
+        if self.directory.is_dir():
+            for path in self.directory.iterdir():
+                if path != self._manifest:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._manifest.unlink(missing_ok=True)
+            self.directory.rmdir()
+
+    def write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        with atomic_file(self._file(name)) as temporary:
+            contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        # Through bytes, not a mapping of the file: memory then holds one block, not all that were ever read.
+        return safetensors.torch.load(self._file(name).read_bytes())
+
+    def has(self, name: str) -> bool:
+        return self._file(name).is_file()
+
+    def write_block(self, index: int, block: FinishedBlock) -> None:
+        metadata = {"layers": json.dumps(block.layers), "reports": json.dumps(list(map(dataclasses.asdict, block.reports)))}
+        self.write(block_name(index), block.tensors, metadata)
+
+    def read_block(self, index: int, *, tensors: bool = True) -> FinishedBlock:
+        _, metadata = read_header(self._file(block_name(index)))
+        return FinishedBlock(
+            layers=json.loads(metadata["layers"]),
+            reports=[LayerReport(**fields) for fields in json.loads(metadata["reports"])],
+            tensors=self.read(block_name(index)) if tensors else {},
+        )
+
+    def stored(self, name: str) -> list[StoredTensor]:
+        return list(read_header(self._file(name))[0].values())
+
+    def _file(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"
+
+
+def block_name(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def describe_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """'with seed=1 (not 0)', or '' where the two are equal. Nested mappings are compared by their keys."""
+    for key in [*wanted, *(key for key in found if key not in wanted)]:
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = describe_difference(a, b)
+            if inner:
+                return inner
+        elif a != b:
+            return "from another model" if key == "fingerprint" else f"with {key}={a} (not {b})"
+    return ""

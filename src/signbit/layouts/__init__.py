@@ -1,0 +1,43 @@
+"""Layouts: how a compressed matrix is stored. One file a layout; :data:`LAYOUTS` finds them by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from signbit.errors import SignbitError
+from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, count_items
+from signbit.layouts.integer_rows import IntegerRows
+from signbit.layouts.sign_planes import SignPlanes
+from signbit.layouts.split_planes import SplitPlanes
+
+LAYOUTS: dict[str, type[Layout]] = {layout.kind: layout for layout in (SignPlanes, SplitPlanes, IntegerRows)}
+
+__all__ = [
+    "LAYOUTS",
+    "IntegerRows",
+    "Layout",
+    "LayoutSpec",
+    "SignPlanes",
+    "SplitPlanes",
+    "TensorSpec",
+    "count_items",
+    "describe",
+    "parse_spec",
+]
+
+
+def describe(layout: Layout) -> dict[str, Any]:
+    """The JSON that config.json keeps for a layout."""
+    return {"layout": layout.kind, **layout.spec.to_dict()}
+
+
+def parse_spec(name: str, description: dict[str, Any]) -> tuple[type[Layout], LayoutSpec]:
+    """The inverse of :func:`describe`; ``name`` is the module, for the error."""
+    fields = dict(description)
+    kind = fields.pop("layout", None)
+    if kind not in LAYOUTS:
+        raise SignbitError(
+            f"{name}: unknown layout {kind!r} (known: {', '.join(LAYOUTS)}): upgrade signbit to read this checkpoint"
+        )
+    layout = LAYOUTS[kind]
+    return layout, layout.Spec.from_dict(fields)

@@ -1,0 +1,147 @@
+"""What every layout is: a spec from which all tensor shapes follow, the tensors, and the matrix they stand for.
+
+A layout is how a compressed matrix is stored and multiplied. It never knows which paper decided on it. Its *spec* is
+small JSON kept in the checkpoint's config.json, and is all that is needed to allocate the tensors before their data
+arrives; so a checkpoint loads without building a dense weight, and a tensor that does not fit is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from signbit.errors import SignbitError
+
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One stored tensor: its shape and dtype, and the heading under which ``inspect`` counts its bytes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    item: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LayoutSpec:
+    """Base of every layout's spec. ``shape`` is (out features, in features) of the matrix that is replaced."""
+
+    shape: tuple[int, int]
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Name -> stored tensor. The order is the order of the layout's buffers."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> LayoutSpec:
+        try:
+            spec = cls(**{**fields, "shape": tuple(fields["shape"])})
+            spec.tensors()
+        except (TypeError, KeyError, ValueError, ZeroDivisionError) as error:
+            raise SignbitError(f"damaged layout description {fields!r}: {error}") from error
+        return spec
+
+
+class Layout(nn.Module):
+    """A compressed matrix ``[out, in]``: the buffers that its spec names, and nothing else.
+
+    Subclasses set ``kind`` (the name in config.json) and ``Spec``, and define :meth:`dequantize` and
+    :attr:`nominal_bits`.
+    """
+
+    kind: ClassVar[str]
+    Spec: ClassVar[type[LayoutSpec]]
+
+    def __init__(self, spec: LayoutSpec, tensors: dict[str, Tensor] | None = None, device: Any = None) -> None:
+        """Hold ``tensors``, or uninitialised ones on ``device`` when they are still to be loaded."""
+        super().__init__()
+        self.spec = spec
+        for name, expected in spec.tensors().items():
+            if tensors is None:
+                tensor = torch.empty(expected.shape, dtype=expected.dtype, device=device)
+            else:
+                tensor = tensors[name].contiguous()
+                if tuple(tensor.shape) != expected.shape or tensor.dtype != expected.dtype:
+                    raise ValueError(
+                        f"{self.kind}.{name}: expected {expected.dtype} {expected.shape}, "
+                        f"got {tensor.dtype} {tuple(tensor.shape)}"
+                    )
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise SignbitError(f"{name} do not fit {tensor.dtype}: use scale_dtype=bfloat16")
+            self.register_buffer(name, tensor)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.spec.shape
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits per weight as the papers count them: signs and salient values, no masks, no scales."""
+        raise NotImplementedError
+
+    def dequantize(self, rows: slice = slice(None)) -> Tensor:
+        """The matrix (or some of its rows) in float32, exactly as the method decided on it."""
+        raise NotImplementedError
+
+    def items(self) -> dict[str, int]:
+        """Bytes by heading; their sum is what the matrix takes in the checkpoint."""
+        return count_items(self.spec)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layout:
+        # model.half() and the like change what a model computes in, not what a checkpoint stores: tensors of a layout
+        # follow to the new device and keep their dtype.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.spec.to_dict().items())
+
+
+def count_items(spec: LayoutSpec) -> dict[str, int]:
+    """Bytes of a matrix with this spec, by heading."""
+    items: dict[str, int] = {}
+    for tensor in spec.tensors().values():
+        items[tensor.item] = items.get(tensor.item, 0) + tensor.nbytes
+    return items
+
+
+def scale_dtype(name: str) -> torch.dtype:
+    """The dtype that scales are stored in; ValueError for a name that is not one."""
+    if name not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype {name!r} is none of {', '.join(SCALE_DTYPES)}")
+    return SCALE_DTYPES[name]
+
+
+def group_count(columns: int, group_size: int) -> int:
+    """Groups of ``group_size`` columns in a row; 0 stands for one group, the whole row. The last may be narrower."""
+    return 1 if group_size == 0 else math.ceil(columns / group_size)
+
+
+def by_group(plane: Tensor, group_size: int) -> Tensor:
+    """``[..., m]`` -> ``[..., groups, group size]``, the last group padded with zeros."""
+    columns = plane.shape[-1]
+    size = group_size or columns
+    groups = group_count(columns, group_size)
+    return torch.nn.functional.pad(plane, (0, groups * size - columns)).unflatten(-1, (groups, size))

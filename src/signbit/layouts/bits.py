@@ -1,0 +1,40 @@
+"""Bit planes: rows of booleans as bytes.
+
+Bits are LSB-first within a byte along the last dimension and rows are padded with zeros to whole 32-bit words, so a
+row of ``m`` bits takes ``4 * ceil(m / 32)`` bytes. Both directions work on eight bits at a time: eight booleans are
+one little-endian 64-bit word, and one multiplication moves the eight useful bits into (or out of) one byte.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+
+# Byte i of a 64-bit word holds bit i of the packed byte. Multiplying by _GATHER adds up copies of the word shifted so
+# that all eight bits meet in the top byte; _SPREAD copies a byte into all eight bytes, where _SELECT keeps bit i of
+# byte i. (Signed literals: torch has no unsigned 64-bit arithmetic.)
+_GATHER = 0x0102040810204080
+_SPREAD = 0x0101010101010101
+_SELECT = 0x8040201008040201 - (1 << 64)
+
+
+def packed_width(bits: int) -> int:
+    """Bytes that a row of ``bits`` bits takes."""
+    return (bits + WORD_BITS - 1) // WORD_BITS * (WORD_BITS // 8)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Pack booleans ``[..., m]`` into uint8 ``[..., packed_width(m)]``."""
+    if bits.dtype != torch.bool:
+        raise TypeError(f"pack_bits takes booleans, got {bits.dtype}")
+    padding = packed_width(bits.shape[-1]) * 8 - bits.shape[-1]
+    words = torch.nn.functional.pad(bits, (0, padding)).contiguous().view(torch.int64)
+    return ((words * _GATHER) >> 56).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """The first ``count`` bits of each row of uint8 ``[..., w]`` as booleans ``[..., count]``."""
+    words = (packed.to(torch.int64) * _SPREAD) & _SELECT
+    return words.view(torch.uint8)[..., :count] != 0

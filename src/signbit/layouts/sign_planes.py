@@ -1,0 +1,87 @@
+"""Sign planes: W = mean + sum over planes of scale * sign.
+
+Stored for a matrix of n rows and m columns in G groups, with P planes:
+
+| tensor | shape | dtype | what |
+|---|---|---|---|
+| signs | [P, n, packed_width(m)] | uint8 | bit 1 = negative |
+| scales | [P, n, G] | scale dtype | |
+| means | [n, G] | scale dtype | only if ``mean`` |
+
+Plain sign, XNOR and residual binarization are stored this way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, by_group, group_count, scale_dtype
+from signbit.layouts.bits import pack_bits, packed_width, unpack_bits
+
+
+@dataclass(frozen=True)
+class SignPlanesSpec(LayoutSpec):
+    planes: int
+    group_size: int
+    mean: bool
+    scale_dtype: str
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        n, m = self.shape
+        groups, dtype = group_count(m, self.group_size), scale_dtype(self.scale_dtype)
+        tensors = {
+            "signs": TensorSpec((self.planes, n, packed_width(m)), torch.uint8, "signs"),
+            "scales": TensorSpec((self.planes, n, groups), dtype, "scales"),
+        }
+        if self.mean:
+            tensors["means"] = TensorSpec((n, groups), dtype, "means")
+        return tensors
+
+
+def reconstruct(negative: Tensor, scales: Tensor, means: Tensor | None) -> Tensor:
+    """Values of grouped planes, in float32; methods and the layout both use this, so they agree to the bit.
+
+    negative: bool [P, n, G, k]; scales: [P, n, G]; means: [n, G] or None. Returns float32 [n, G, k].
+    """
+    magnitude = scales.float().unsqueeze(-1)
+    values = torch.where(negative[0], -magnitude[0], magnitude[0])
+    for plane in range(1, len(negative)):
+        values = values + torch.where(negative[plane], -magnitude[plane], magnitude[plane])
+    return values if means is None else values + means.float().unsqueeze(-1)
+
+
+class SignPlanes(Layout):
+    kind = "sign_planes"
+    Spec = SignPlanesSpec
+    spec: SignPlanesSpec
+    signs: Tensor
+    scales: Tensor
+
+    @classmethod
+    def encode(cls, negative: Tensor, scales: Tensor, means: Tensor | None, group_size: int) -> SignPlanes:
+        """Pack bool planes ``[P, n, m]`` with scales ``[P, n, G]`` and means ``[n, G]`` already in storage dtype."""
+        planes, n, m = negative.shape
+        spec = SignPlanesSpec(
+            shape=(n, m),
+            planes=planes,
+            group_size=group_size,
+            mean=means is not None,
+            scale_dtype=str(scales.dtype).removeprefix("torch."),
+        )
+        tensors = {"signs": pack_bits(negative), "scales": scales}
+        if means is not None:
+            tensors["means"] = means
+        return cls(spec, tensors)
+
+    @property
+    def nominal_bits(self) -> float:
+        return float(self.spec.planes)
+
+    def dequantize(self, rows: slice = slice(None)) -> Tensor:
+        m = self.spec.shape[1]
+        negative = by_group(unpack_bits(self.signs[:, rows], m), self.spec.group_size)
+        means = self.get_buffer("means")[rows] if self.spec.mean else None
+        return reconstruct(negative, self.scales[:, rows], means).flatten(-2)[..., :m]

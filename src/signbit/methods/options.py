@@ -1,0 +1,50 @@
+"""What all methods' options have in common, and what a method is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from signbit.calibration.hessian import Factor
+from signbit.layouts.base import SCALE_DTYPES, Layout
+
+Feedback = Literal["none", "diagonal", "block", "column"]
+
+
+class MethodOptions(BaseModel):
+    """Options that every method has. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    group_size: int = Field(128, ge=0, description="columns that share scales; 0: the whole row")
+    mean: bool = Field(True, description="subtract and store a mean for every scale")
+    scale_dtype: Literal["float16", "bfloat16"] = Field("float16", description="storage of scales and means")
+
+    def groups_of(self, columns: int) -> int:
+        """``group_size`` for a matrix with this many columns, normalised: a group of the whole row is 0."""
+        return 0 if self.group_size >= columns else self.group_size
+
+    @property
+    def storage(self) -> Any:
+        return SCALE_DTYPES[self.scale_dtype]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm from a paper: decides on a layout for one weight matrix.
+
+    ``quantize(weight [out, in] float32, factor, options)`` is a pure function. ``factor`` is None only when there was
+    no calibration, which only methods with ``calibrated=False`` accept.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    layout: type[Layout]
+    options: type[MethodOptions]
+    calibrated: bool
+    quantize: Callable[[Tensor, Factor | None, Any], Layout]

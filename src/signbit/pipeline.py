@@ -1,0 +1,398 @@
+"""Quantizing a model block by block.
+
+    for each decoder block:   load it -> run it, collecting Hessians -> let the method decide on each linear ->
+                              put the packed linears in -> run it again for the next block's input -> write it, free it
+
+The quantized prefix feeds the next block, so later blocks see, and correct for, what earlier ones lost. At any time one
+block, the activations of the calibration set and the Hessians of one block are in memory, never the model.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from signbit import checkpoint
+from signbit.architectures import (
+    Linear,
+    dense_shape,
+    dense_weight,
+    find_blocks,
+    linears_of,
+    replace_module,
+    unquantized_parameters,
+)
+from signbit.calibration.capture import BlockInputs, HessianCapture
+from signbit.calibration.hessian import Factor, factorize
+from signbit.calibration.self_text import write_tokens
+from signbit.calibration.text import SELF, read_text
+from signbit.calibration.tokens import check_seqlen, random_windows, tokenize
+from signbit.device import choose_device
+from signbit.errors import SignbitError
+from signbit.journal import FinishedBlock, Journal, block_name, describe_difference
+from signbit.layouts import IntegerRows, Layout, describe, parse_spec
+from signbit.modules import QuantizedLinear, quantized_embedding
+from signbit.progress import Progress, Silent
+from signbit.recipe import Recipe
+from signbit.report.quantization import LayerReport, QuantizationReport
+from signbit.source import Source, open_source, set_parameter
+from signbit.timing import Stopwatch, phase
+from signbit.version import __version__
+
+# Tokens that go through a block at once: enough for full matrix speed, few enough that activations inside a block stay
+# small beside its weights.
+_TOKENS_PER_CALL = {"cpu": 4096, "cuda": 16384}
+_BITS = {"int8": 8, "int4": 4}
+
+
+def quantize(
+    model: str,
+    out: str | Path,
+    recipe: Recipe | str = "billm",
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> QuantizationReport:
+    """Quantize MODEL and write a checkpoint to the directory ``out``.
+
+    model: a hub id, a directory, a .gguf file or ``demo``. recipe: a :class:`Recipe`, a preset's name or a YAML file.
+    resume: go on with an interrupted run of the same arguments. overwrite: replace ``out``, or what is left of an
+    interrupted run. Returns the report, timings included. Raises SignbitError for whatever the caller can put right.
+    """
+    recipe = (Recipe.load(recipe) if isinstance(recipe, str) else recipe).for_model(model)
+    out, chosen = Path(out), choose_device(device)
+    progress = progress or Silent()
+    journal = Journal(out)
+    checkpoint.check_target(out, journal, resume=resume, overwrite=overwrite)
+    with Stopwatch().running() as stopwatch, closing(open_source(model, trust_remote_code=trust_remote_code)) as source:
+        identity = {
+            "recipe": recipe.to_dict(),
+            "fingerprint": source.fingerprint,
+            "device": chosen.type,
+            "signbit": __version__,
+        }
+        if resume and out.exists():
+            report = _already_finished(out, identity)
+            journal.discard()
+            return report
+        run = _Run(source, recipe, journal, chosen, progress)
+        run.check()
+        if resume and journal.exists:
+            journal.check(identity)
+            progress.note(f"resuming from {journal.directory}")
+        else:
+            journal.start(identity)
+        try:
+            with stopwatch.phase("other"), torch.no_grad():
+                report = run.execute()
+            checkpoint.assemble(source, recipe, journal, report, run.outer_specs, run.storage)
+        except OSError as error:
+            raise SignbitError(
+                f"writing to {journal.directory} failed: {error.strerror or error}. "
+                "What is finished is kept: make room and use --resume"
+            ) from error
+        checkpoint.publish(journal, out, overwrite=overwrite)
+    report.seconds = dict(stopwatch.seconds)
+    return report
+
+
+def _already_finished(out: Path, identity: dict[str, Any]) -> QuantizationReport:
+    """The report of a finished run that is 'resumed' once more; SignbitError if it was another run."""
+    report = QuantizationReport.read(out)
+    found = checkpoint.read_recipe(out)
+    different = describe_difference(found, identity["recipe"]) if report is not None else "by other means"
+    if report is None or different or report.fingerprint != identity["fingerprint"]:
+        raise SignbitError(
+            f"{out} is a finished checkpoint made {different or 'from another model'}: choose another directory or "
+            "use --overwrite"
+        )
+    return report
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What calibration says about one linear input."""
+
+    hessian: Tensor
+    factor: Factor
+    notes: list[str]
+
+
+class _Run:
+    """One quantization. Data flows through ``execute``; the rest are its steps."""
+
+    def __init__(
+        self, source: Source, recipe: Recipe, journal: Journal, device: torch.device, progress: Progress
+    ) -> None:
+        self.source, self.recipe, self.journal = source, recipe, journal
+        self.device, self.progress = device, progress
+        self.model = source.skeleton
+        self.prefix, self.blocks = find_blocks(self.model)
+        dtype = recipe.common.dtype
+        self.storage: torch.dtype = source.dtype if dtype == "auto" else getattr(torch, dtype)
+        # CPUs compute in float32, which is as fast on most of them as 16 bits, and exact for all that is stored.
+        self.compute = torch.float32 if device.type == "cpu" else self.storage
+        self.outer_specs: dict[str, dict[str, Any]] = {}
+        linears = {f"{self.prefix}.{i}.{name}" for i, block in enumerate(self.blocks) for name in linears_of(block)}
+        self.skipped = self._skipped(linears)
+        self.unquantized = unquantized_parameters(self.model, linears - self.skipped.keys(), self.skipped)
+
+    def check(self) -> None:
+        """Refuse what can be seen to fail before any work is done."""
+        common = self.recipe.common
+        if common.samples:
+            check_seqlen(self.source.config, common.seqlen)
+        head = self.model.get_output_embeddings()
+        if common.head != "keep" and (head is None or self._tied()):
+            raise SignbitError("head: this model's head is tied to its embeddings: set embeddings instead")
+        if len(self.skipped) == sum(len(linears_of(block)) for block in self.blocks):
+            raise SignbitError("skip leaves no linear layer to quantize")
+
+    def execute(self) -> QuantizationReport:
+        self._store_outer()
+        inputs = self._calibration_inputs()
+        done = 0
+        while done < len(self.blocks) and self.journal.has(block_name(done)):
+            done += 1
+        reports: list[LayerReport] = []
+        with self.progress.task("quantizing blocks", len(self.blocks)) as task:
+            for index, block in enumerate(self.blocks):
+                if index < done:
+                    replay = inputs is not None and done < len(self.blocks)
+                    finished = self.journal.read_block(index, tensors=replay)
+                    if inputs is not None and replay:
+                        self._restore_block(index, finished)
+                        inputs.run(index, keep=True)
+                else:
+                    finished = self._quantize_block(index, inputs)
+                    self.journal.write_block(index, finished)
+                reports += finished.reports
+                block.to("meta")
+                task.advance()
+        stored_otherwise = {f"{name}.weight" for name in self.outer_specs}
+        return QuantizationReport(
+            source=self.source.name,
+            fingerprint=self.source.fingerprint,
+            layers=reports,
+            unquantized={key: why for key, why in self.unquantized.items() if key not in stored_otherwise},
+        )
+
+    def _skipped(self, linears: set[str]) -> dict[str, str]:
+        """Linears that the recipe leaves out, with the reason."""
+        return {
+            name: f"left out by the recipe (skip: {pattern})"
+            for name in linears
+            for pattern in self.recipe.common.skip
+            if fnmatch.fnmatchcase(name, pattern)
+        }
+
+    def _tied(self) -> bool:
+        head = self.model.get_output_embeddings()
+        names = {id(module): name for name, module in self.model.named_modules()}
+        return head is not None and f"{names[id(head)]}.weight" in self.model.all_tied_weights_keys
+
+    # What is outside the blocks ------------------------------------------------------------------------------------
+
+    def _store_outer(self) -> None:
+        """Write everything outside the blocks as it will be stored, and load what the base model needs of it."""
+        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        names = {id(module): name for name, module in self.model.named_modules()}
+        common = self.recipe.common
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type != "meta":
+                    module._buffers[name] = buffer.to(self.device)
+        codecs = [(embeddings, common.embeddings, "outer-embeddings")]
+        if head is not None and not self._tied():
+            codecs.append((head, common.head, "outer-head"))
+        for module, codec, file in codecs:
+            name = names[id(module)]
+            tensors = {}
+            if codec != "keep":
+                packed = IntegerRows.quantize(
+                    self.source.tensor(f"{name}.weight"), _BITS[codec], self.recipe.options.scale_dtype
+                )
+                self.outer_specs[name] = describe(packed)
+                tensors = {f"{name}.packed.{key}": value for key, value in packed.state_dict().items()}
+                if module is embeddings:
+                    replacement = quantized_embedding(module, packed, self.compute).to(self.device)
+                    self.model.set_input_embeddings(replacement)
+            for key, _ in module.named_parameters(recurse=False):
+                if key != "weight" or codec == "keep":
+                    tensors[f"{name}.{key}"] = self.source.tensor(f"{name}.{key}").to(self.storage)
+            if not self.journal.has(file):
+                self.journal.write(file, tensors)
+            if module is embeddings and codec == "keep":
+                set_parameter(module, "weight", tensors[f"{name}.weight"].to(self.device, self.compute))
+        self._store_rest({names[id(module)] for module, _, _ in codecs})
+
+    def _store_rest(self, stored: set[str]) -> None:
+        """The remaining parameters outside the blocks: norms, position embeddings, projections."""
+        tied = set(self.model.all_tied_weights_keys)
+        tensors = {}
+        for name, parameter in list(self.model.named_parameters()):
+            inside = name.startswith(self.prefix + ".") or name.rpartition(".")[0] in stored or name in tied
+            if not inside and parameter.device.type == "meta":
+                tensors[name] = self.source.tensor(name).to(self.storage)
+                set_parameter(self.model, name, tensors[name].to(self.device, self.compute))
+        for name, buffer in self.model.state_dict().items():
+            if name not in tied and name in dict(self.model.named_buffers()) and ".packed." not in name:
+                tensors[name] = buffer
+        if not self.journal.has("outer-rest"):
+            self.journal.write("outer-rest", tensors)
+
+    # Calibration ---------------------------------------------------------------------------------------------------
+
+    def _calibration_inputs(self) -> BlockInputs | None:
+        """The first block's inputs; None if the recipe calibrates on nothing."""
+        common = self.recipe.common
+        if common.samples == 0:
+            return None
+        if not self.journal.has("tokens"):
+            self.journal.write("tokens", {"tokens": self._calibration_tokens()})
+        tokens = self.journal.read("tokens")["tokens"]
+        size = max(1, _TOKENS_PER_CALL[self.device.type] // common.seqlen)
+        inputs = BlockInputs(self.blocks)
+        first = f"{self.prefix}.0"
+        self.source.materialize(self.blocks[0], first, self.compute, self.device)
+        inputs.record(self.model, list(tokens.split(size)), self.device)
+        self.blocks[0].to("meta")
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            if module is not None:
+                module.to("meta")
+        return inputs
+
+    def _calibration_tokens(self) -> Tensor:
+        common = self.recipe.common
+        if common.calib != SELF:
+            text = read_text(str(common.calib), "train")
+            return random_windows(tokenize(self.source.tokenizer, text), common.samples, common.seqlen, common.seed)
+        self.progress.note(f"{self.source.name} writes its own calibration text: this loads the whole model once")
+        writer = AutoModelForCausalLM.from_config(self.source.config, dtype=self.compute)
+        state = {name: self.source.weights[name] for name in writer.state_dict() if name in self.source.weights}
+        writer.load_state_dict(state, strict=False)
+        writer.tie_weights()
+        return write_tokens(writer.to(self.device).eval(), common.samples, common.seqlen, common.seed, self.progress)
+
+    # Blocks --------------------------------------------------------------------------------------------------------
+
+    def _quantize_block(self, index: int, inputs: BlockInputs | None) -> FinishedBlock:
+        block, prefix = self.blocks[index], f"{self.prefix}.{index}"
+        linears = {
+            name: linear for name, linear in linears_of(block).items() if f"{prefix}.{name}" not in self.skipped
+        }
+        with phase("loading"):
+            self._load_block(index, set(linears))
+        capture = HessianCapture(dict(linears))
+        if inputs is not None:
+            with capture.watching(block):
+                inputs.run(index, keep=False)
+        layers, reports = {}, []
+        for names in capture.by_input():
+            calibration = self._calibration_of(capture, prefix, names[0]) if inputs is not None else None
+            for name in names:
+                linear = linears[name]
+                packed, report = self._quantize_linear(f"{prefix}.{name}", linear, calibration)
+                replace_module(block, name, QuantizedLinear(packed, linear.bias))
+                layers[report.name] = describe(packed)
+                reports.append(report)
+        if inputs is not None:
+            inputs.run(index, keep=True)
+            inputs.check_finite(prefix)
+        return FinishedBlock(layers, reports, self._stored_tensors(block, prefix))
+
+    def _quantize_linear(
+        self, name: str, linear: Linear, calibration: _Calibration | None
+    ) -> tuple[Layout, LayerReport]:
+        weight = dense_weight(linear, linear.weight).float().contiguous()
+        factor = calibration and calibration.factor
+        packed = self.recipe.method.quantize(weight, factor, self.recipe.options)
+        with phase("errors"):
+            hessian = None if calibration is None else calibration.hessian
+            weight_error, output_error = layer_errors(weight, packed.dequantize(), hessian)
+        return packed, LayerReport(
+            name=name,
+            shape=list(packed.shape),
+            layout=packed.kind,
+            bits_per_weight=8 * sum(packed.items().values()) / weight.numel(),
+            nominal_bits_per_weight=packed.nominal_bits,
+            weight_error=weight_error,
+            output_error=output_error,
+            damping=None if factor is None else factor.damping,
+            notes=[] if calibration is None else calibration.notes,
+        )
+
+    def _calibration_of(self, capture: HessianCapture, prefix: str, name: str) -> _Calibration:
+        notes = []
+        accumulator = capture.hessians.pop(name, None)
+        if accumulator is None:
+            notes.append("no calibration token reached it: quantized with the identity as Hessian")
+            width = dense_shape(self.model.get_submodule(f"{prefix}.{name}"))[1]
+            hessian = torch.eye(width, device=self.device)
+        else:
+            hessian = accumulator.hessian()
+        if not torch.isfinite(hessian).all():
+            raise SignbitError(
+                f"the input of {prefix}.{name} contains NaN or infinite values on the calibration text"
+            )
+        with phase("factorization"):
+            factor = factorize(hessian, self.recipe.common.damping)
+        if factor.damping > self.recipe.common.damping:
+            notes.append(f"damping raised to {factor.damping:g}")
+        if factor.dead.any():
+            notes.append(f"{int(factor.dead.sum())} inputs are always zero")
+        return _Calibration(hessian, factor, notes)
+
+    def _load_block(self, index: int, quantized: set[str]) -> None:
+        """Weights to be quantized come as they are; what stays is rounded to its storage dtype first."""
+        prefix = f"{self.prefix}.{index}"
+        block = self.blocks[index]
+        for name, _ in list(block.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            tensor = self.source.tensor(f"{prefix}.{name}")
+            if owner not in quantized or leaf != "weight":
+                tensor = tensor.to(self.storage)
+            set_parameter(block, name, tensor.to(device=self.device, dtype=self.compute, copy=True))
+
+    def _stored_tensors(self, block: nn.Module, prefix: str) -> dict[str, Tensor]:
+        parameters = dict(block.named_parameters())
+        return {
+            f"{prefix}.{name}": tensor.to(self.storage) if name in parameters else tensor
+            for name, tensor in block.state_dict().items()
+        }
+
+    def _restore_block(self, index: int, finished: FinishedBlock) -> None:
+        """The block as it was when it was finished."""
+        block, prefix = self.blocks[index], f"{self.prefix}.{index}"
+        for full, description in finished.layers.items():
+            layout, spec = parse_spec(full, description)
+            tensors = {key: finished.tensors[f"{full}.packed.{key}"] for key in spec.tensors()}
+            bias = finished.tensors.get(f"{full}.bias")
+            packed = layout(spec, tensors).to(self.device)
+            if bias is not None:
+                bias = bias.to(self.device, self.compute)
+            replace_module(block, full.removeprefix(f"{prefix}."), QuantizedLinear(packed, bias))
+        for name, parameter in list(block.named_parameters()):
+            if parameter.device.type == "meta":
+                set_parameter(block, name, finished.tensors[f"{prefix}.{name}"].to(self.device, self.compute))
+
+
+def layer_errors(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> tuple[float, float | None]:
+    """|W - Q| / |W|, and tr(D H D^T) / tr(W H W^T) with D = W - Q; 0 for a layer of zeros."""
+    difference = weight - quantized
+    norm = float(weight.norm())
+    weight_error = float(difference.norm()) / norm if norm else 0.0
+    if hessian is None:
+        return weight_error, None
+    power = float(((weight @ hessian) * weight).sum())
+    return weight_error, float(((difference @ hessian) * difference).sum()) / power if power else 0.0

