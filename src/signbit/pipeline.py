@@ -30,7 +30,7 @@ from signbit.architectures import (
     unquantized_parameters,
 )
 from signbit.calibration.capture import BlockInputs, HessianCapture
-from signbit.calibration.hessian import Factor, factorize
+from signbit.calibration.hessian import Factor, factorize, quadratic
 from signbit.calibration.self_text import write_tokens
 from signbit.calibration.text import SELF, read_text
 from signbit.calibration.tokens import check_seqlen, random_windows, tokenize
@@ -159,7 +159,8 @@ class _Run:
             raise SignbitError("skip leaves no linear layer to quantize")
 
     def execute(self) -> QuantizationReport:
-        self._store_outer()
+        with phase("loading"):
+            self._store_outer()
         inputs = self._calibration_inputs()
         done = 0
         while done < len(self.blocks) and self.journal.has(block_name(done)):
@@ -175,7 +176,8 @@ class _Run:
                         inputs.run(index, keep=True)
                 else:
                     finished = self._quantize_block(index, inputs)
-                    self.journal.write_block(index, finished)
+                    with phase("writing"):
+                        self.journal.write_block(index, finished)
                 reports += finished.reports
                 block.to("meta")
                 task.advance()
@@ -259,13 +261,15 @@ class _Run:
         if common.samples == 0:
             return None
         if not self.journal.has("tokens"):
-            self.journal.write("tokens", {"tokens": self._calibration_tokens()})
+            with phase("calibration text"):
+                self.journal.write("tokens", {"tokens": self._calibration_tokens()})
         tokens = self.journal.read("tokens")["tokens"]
         size = max(1, _TOKENS_PER_CALL[self.device.type] // common.seqlen)
         inputs = BlockInputs(self.blocks)
         first = f"{self.prefix}.0"
         self.source.materialize(self.blocks[0], first, self.compute, self.device)
-        inputs.record(self.model, list(tokens.split(size)), self.device)
+        with phase("forward"):
+            inputs.record(self.model, list(tokens.split(size)), self.device)
         self.blocks[0].to("meta")
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
             if module is not None:
@@ -394,5 +398,5 @@ def layer_errors(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> t
     weight_error = float(difference.norm()) / norm if norm else 0.0
     if hessian is None:
         return weight_error, None
-    power = float(((weight @ hessian) * weight).sum())
-    return weight_error, float(((difference @ hessian) * difference).sum()) / power if power else 0.0
+    power = quadratic(weight, hessian)
+    return weight_error, quadratic(difference, hessian) / power if power else 0.0

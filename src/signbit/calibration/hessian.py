@@ -24,7 +24,7 @@ from signbit.errors import SignbitError
 
 # Width of the column panels in which the lower triangle of H is accumulated: narrow enough to skip most of the upper
 # triangle, wide enough for the matrix products to run at full speed.
-PANEL = 384
+PANEL = 256
 MAX_DAMPING = 10.0
 
 
@@ -87,3 +87,15 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
     raise SignbitError(
         f"the Hessian cannot be factorized even with damping {MAX_DAMPING:g}: use more or different calibration text"
     )
+
+
+def quadratic(rows: Tensor, hessian: Tensor) -> float:
+    """tr(D H D^T) for D = ``rows`` [n, m] and a symmetric H [m, m], from its lower triangle only."""
+    total = 0.0
+    for start in range(0, len(hessian), PANEL):
+        stop = min(start + PANEL, len(hessian))
+        panel = rows[:, start:stop]
+        total += float(((panel @ hessian[start:stop, start:stop]) * panel).sum())
+        if start:
+            total += 2 * float(((panel @ hessian[start:stop, :start]) * rows[:, :start]).sum())
+    return total

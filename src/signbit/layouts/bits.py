@@ -38,3 +38,21 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The first ``count`` bits of each row of uint8 ``[..., w]`` as booleans ``[..., count]``."""
     words = (packed.to(torch.int64) * _SPREAD) & _SELECT
     return words.view(torch.uint8)[..., :count] != 0
+
+
+def unpack_floats(packed: Tensor, count: int, zero: float, one: float) -> Tensor:
+    """The same bits as float32 values, ``zero`` and ``one``: a table of all 256 bytes, looked up."""
+    bits = (torch.arange(256, device=packed.device).unsqueeze(1) >> torch.arange(8, device=packed.device)) & 1
+    table = zero + (one - zero) * bits.float()
+    rows = table.index_select(0, packed.flatten().int())
+    return rows.view(*packed.shape[:-1], -1)[..., :count]
+
+
+def unpack_signs(packed: Tensor, count: int) -> Tensor:
+    """Sign bits as float32: +1 for 0, -1 for 1."""
+    return unpack_floats(packed, count, 1.0, -1.0)
+
+
+def as_signs(negative: Tensor) -> Tensor:
+    """Booleans as float32 signs: -1 where ``negative``."""
+    return 1 - 2 * negative.float()

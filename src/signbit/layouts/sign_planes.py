@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, by_group, group_count, scale_dtype
-from signbit.layouts.bits import pack_bits, packed_width, unpack_bits
+from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, scale_dtype, spread
+from signbit.layouts.bits import pack_bits, packed_width, unpack_signs
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,15 @@ class SignPlanesSpec(LayoutSpec):
         return tensors
 
 
-def reconstruct(negative: Tensor, scales: Tensor, means: Tensor | None) -> Tensor:
-    """Values of grouped planes, in float32; methods and the layout both use this, so they agree to the bit.
+def reconstruct(signs: Tensor, scales: Tensor, means: Tensor | None) -> Tensor:
+    """Values [n, k] of planes, in float32; methods and the layout both use this, so they agree to the bit.
 
-    negative: bool [P, n, G, k]; scales: [P, n, G]; means: [n, G] or None. Returns float32 [n, G, k].
+    signs: float32 [P, n, k] of +-1; scales [P, n, k or 1] and means [n, k or 1]: float32.
     """
-    magnitude = scales.float().unsqueeze(-1)
-    values = torch.where(negative[0], -magnitude[0], magnitude[0])
-    for plane in range(1, len(negative)):
-        values = values + torch.where(negative[plane], -magnitude[plane], magnitude[plane])
-    return values if means is None else values + means.float().unsqueeze(-1)
+    values = scales[0] * signs[0]
+    for plane in range(1, len(signs)):
+        values = values + scales[plane] * signs[plane]
+    return values if means is None else values + means
 
 
 class SignPlanes(Layout):
@@ -81,7 +80,6 @@ class SignPlanes(Layout):
         return float(self.spec.planes)
 
     def dequantize(self, rows: slice = slice(None)) -> Tensor:
-        m = self.spec.shape[1]
-        negative = by_group(unpack_bits(self.signs[:, rows], m), self.spec.group_size)
-        means = self.get_buffer("means")[rows] if self.spec.mean else None
-        return reconstruct(negative, self.scales[:, rows], means).flatten(-2)[..., :m]
+        m, size = self.spec.shape[1], self.spec.group_size
+        means = spread(self.get_buffer("means")[rows], size, m) if self.spec.mean else None
+        return reconstruct(unpack_signs(self.signs[:, rows], m), spread(self.scales[:, rows], size, m), means)

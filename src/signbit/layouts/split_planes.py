@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, by_group, group_count, scale_dtype
-from signbit.layouts.bits import pack_bits, packed_width, unpack_bits
+from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, scale_dtype, select, spread
+from signbit.layouts.bits import pack_bits, packed_width, unpack_bits, unpack_floats, unpack_signs
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,22 @@ class SplitPlanesSpec(LayoutSpec):
         return tensors
 
 
-def ordinary_values(negative: Tensor, sparse: Tensor, scales: Tensor, means: Tensor | None) -> Tensor:
-    """Float32 values of ordinary columns. negative, sparse: bool [..., k]; scales, means: [..., 2]."""
-    scales = scales.float()
-    magnitude = torch.where(sparse, scales[..., 1:], scales[..., :1])
-    values = torch.where(negative, -magnitude, magnitude)
-    if means is None:
-        return values
-    means = means.float()
-    return values + torch.where(sparse, means[..., 1:], means[..., :1])
+Pair = tuple[Tensor, Tensor]
 
 
-def salient_values(negative: Tensor, residual: Tensor, scales: Tensor, means: Tensor | None) -> Tensor:
-    """Float32 values of salient columns. negative, residual: bool [..., c]; scales: [..., 2]; means: [...]."""
-    scales = scales.float()
-    first, second = scales[..., :1], scales[..., 1:]
-    values = torch.where(negative, -first, first) + torch.where(residual, -second, second)
-    return values if means is None else values + means.float().unsqueeze(-1)
+def ordinary_values(signs: Tensor, sparse: Tensor, scales: Pair, means: Pair | None) -> Tensor:
+    """Float32 values [n, k] of ordinary columns. signs: +-1 and sparse: 0 or 1, float32 [n, k].
+
+    scales, means: float32 [n, k or 1], concentrated and sparse.
+    """
+    values = select(sparse, scales) * signs
+    return values if means is None else values + select(sparse, means)
+
+
+def salient_values(signs: Tensor, residual_signs: Tensor, scales: Pair, mean: Tensor | None) -> Tensor:
+    """Float32 values [n, c] of salient columns; scales, mean: float32 [n, c or 1], first order and residual."""
+    values = scales[0] * signs + scales[1] * residual_signs
+    return values if mean is None else values + mean
 
 
 class SplitPlanes(Layout):
@@ -127,19 +126,29 @@ class SplitPlanes(Layout):
 
     def dequantize(self, rows: slice = slice(None)) -> Tensor:
         m, size = self.spec.shape[1], self.spec.group_size
-        negative = unpack_bits(self.signs[rows], m)
-        second = unpack_bits(self.second[rows], m)
+        signs, second = unpack_signs(self.signs[rows], m), unpack_floats(self.second[rows], m, 0.0, 1.0)
+        values = ordinary_values(
+            signs,
+            second,
+            _pair(spread(self.scales[rows].transpose(1, 2), size, m)),
+            _pair(spread(self.get_buffer("means")[rows].transpose(1, 2), size, m)) if self.spec.mean else None,
+        )
+        if self.spec.salient_groups == 0:
+            return values
         salient = unpack_bits(self.salient, m)
-        means = self.get_buffer("means")[rows] if self.spec.mean else None
-        values = ordinary_values(by_group(negative, size), by_group(second, size), self.scales[rows], means)
-        values = values.flatten(-2)[..., :m]
-        columns = salient.nonzero().squeeze(1)
-        if len(columns):
-            # Coefficients are kept for groups that have salient columns only: number those groups.
-            group = columns // (size or m)
-            slot = torch.unique_consecutive(group, return_inverse=True)[1]
-            means = self.get_buffer("salient_means")[rows][:, slot] if self.spec.mean else None
-            values[:, columns] = salient_values(
-                negative[:, columns, None], second[:, columns, None], self.salient_scales[rows][:, slot], means
-            ).squeeze(-1)
-        return values
+        # Coefficients are kept for groups that have salient columns only: find each group's place among those.
+        # Groups without any get some other's, for columns that are then not looked at.
+        has = torch.nn.functional.pad(salient, (0, -m % (size or m))).view(-1, size or m).any(1)
+        place = (has.cumsum(0) - 1).clamp(min=0)
+        twice = salient_values(
+            signs,
+            1 - 2 * second,
+            _pair(spread(self.salient_scales[rows].transpose(1, 2)[..., place], size, m)),
+            spread(self.get_buffer("salient_means")[rows][:, place], size, m) if self.spec.mean else None,
+        )
+        return select(salient.float(), (values, twice))
+
+
+def _pair(coefficients: Tensor) -> Pair:
+    """[n, 2, k] as two [n, k]."""
+    return coefficients[:, 0], coefficients[:, 1]

@@ -34,10 +34,12 @@ from torch import Tensor
 
 from signbit.calibration.hessian import Factor
 from signbit.layouts import SplitPlanes
+from signbit.layouts.base import select
+from signbit.layouts.bits import as_signs
 from signbit.layouts.split_planes import ordinary_values, salient_values
 from signbit.methods.binarize import binarize
 from signbit.methods.options import Feedback, Method, MethodOptions
-from signbit.methods.salience import Salience, salience, search_column_count
+from signbit.methods.salience import Salience, salience, search_column_count, search_column_count_on_salience
 from signbit.methods.split import Grid, search_threshold
 from signbit.methods.sweep import sweep
 from signbit.timing import phase
@@ -68,27 +70,42 @@ class SplitCode:
     salient_mean: Tensor | None
 
     def values(self) -> Tensor:
-        ordinary = ordinary_values(self.negative, self.second, self.scales, self.means)
-        twice = salient_values(self.negative, self.second, self.salient_scales, self.salient_mean)
-        return torch.where(self.salient, twice, ordinary)
+        values = self._ordinary(slice(None))
+        values[:, self.salient] = self._salient(self.salient)
+        return values
 
     def assign(self, column: int, weights: Tensor) -> Tensor:
         """Nearest value of the frozen codebook; an ordinary weight stays in its part."""
         at = slice(column, column + 1)
-        weights = weights.unsqueeze(1)
+        deviation = weights.unsqueeze(1)
         if self.salient[column]:
-            deviation = weights if self.salient_mean is None else weights - self.salient_mean.float().unsqueeze(1)
+            if self.salient_mean is not None:
+                deviation = deviation - self.salient_mean.float().unsqueeze(1)
             self.negative[:, at] = deviation < 0
             first = self.salient_scales[:, :1].float()
-            self.second[:, at] = deviation - torch.where(deviation < 0, -first, first) < 0
-            return salient_values(
-                self.negative[:, at], self.second[:, at], self.salient_scales, self.salient_mean
-            ).squeeze(1)
+            self.second[:, at] = deviation - first * as_signs(deviation < 0) < 0
+            return self._salient(at).squeeze(1)
         if self.means is not None:
-            means = self.means.float()
-            weights = weights - torch.where(self.second[:, at], means[:, 1:], means[:, :1])
-        self.negative[:, at] = weights < 0
-        return ordinary_values(self.negative[:, at], self.second[:, at], self.scales, self.means).squeeze(1)
+            deviation = deviation - select(self.second[:, at].float(), _pair(self.means))
+        self.negative[:, at] = deviation < 0
+        return self._ordinary(at).squeeze(1)
+
+    # The layout's own sums, so that packing changes nothing.
+
+    def _ordinary(self, columns: slice | Tensor) -> Tensor:
+        means = None if self.means is None else _pair(self.means)
+        signs, sparse = as_signs(self.negative[:, columns]), self.second[:, columns].float()
+        return ordinary_values(signs, sparse, _pair(self.scales), means)
+
+    def _salient(self, columns: slice | Tensor) -> Tensor:
+        mean = None if self.salient_mean is None else self.salient_mean.float().unsqueeze(1)
+        signs, residual = as_signs(self.negative[:, columns]), as_signs(self.second[:, columns])
+        return salient_values(signs, residual, _pair(self.salient_scales), mean)
+
+
+def _pair(coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, 2] as two float32 [n, 1]."""
+    return coefficients[:, :1].float(), coefficients[:, 1:].float()
 
 
 def quantize_group(weight: Tensor, diagonal: Tensor, options: BiLLMOptions) -> SplitCode:
@@ -105,7 +122,7 @@ def quantize_group(weight: Tensor, diagonal: Tensor, options: BiLLMOptions) -> S
     with phase("fit"):
         mean, dtype = options.mean, options.storage
         parts = [binarize(weight, part & ~salient, mean, dtype) for part in (~sparse, sparse)]
-        negative = torch.where(sparse, parts[1].negative, parts[0].negative)
+        negative = (sparse & parts[1].negative) | (~sparse & parts[0].negative)
         # Step 3, on the salient columns alone.
         columns = weight[:, salient]
         first = binarize(columns, None, mean, dtype)
@@ -126,10 +143,10 @@ def quantize_group(weight: Tensor, diagonal: Tensor, options: BiLLMOptions) -> S
 def _salient_columns(weight: Tensor, scores: Tensor, options: BiLLMOptions) -> Tensor:
     """Steps 1 and 2: the salient columns of a group, bool [k]."""
     ranking = scores.sum(0).argsort(descending=True, stable=True)
-    released = options.column_search == "salience"
-    count = search_column_count(
-        (scores if released else weight.abs())[:, ranking], options.max_salient, mean=released, residual_rest=released
-    )
+    if options.column_search == "salience":
+        count = search_column_count_on_salience(scores[:, ranking], options.max_salient)
+    else:
+        count = search_column_count(weight.abs()[:, ranking], options.max_salient)
     salient = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     salient[ranking[:count]] = True
     return salient

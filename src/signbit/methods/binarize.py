@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from signbit.layouts.bits import as_signs
+
 
 @dataclass
 class Binarized:
@@ -25,8 +27,7 @@ class Binarized:
     mean: Tensor | None
 
     def values(self) -> Tensor:
-        scale = self.scale.float().unsqueeze(1)
-        values = torch.where(self.negative, -scale, scale)
+        values = self.scale.float().unsqueeze(1) * as_signs(self.negative)
         return values if self.mean is None else values + self.mean.float().unsqueeze(1)
 
 
@@ -35,14 +36,12 @@ def binarize(weight: Tensor, member: Tensor | None, mean: bool, dtype: torch.dty
 
     Rows without members get scale 0. Signs are given for all entries; only members' mean anything.
     """
-    if member is None:
-        count = torch.full((weight.shape[0],), weight.shape[1], dtype=torch.float32, device=weight.device)
-    else:
-        count = member.sum(1).float()
-    count.clamp_(min=1)
+    # A mask of zeros and ones times the weights is many times faster than filling under a boolean mask.
+    mask = torch.ones_like(weight) if member is None else member.float()
+    count = mask.sum(1).clamp_(min=1)
 
     def average(x: Tensor) -> Tensor:
-        return (x if member is None else x.masked_fill(~member, 0)).sum(1) / count
+        return (x * mask).sum(1) / count
 
     center = average(weight).to(dtype) if mean else None
     deviation = weight if center is None else weight - center.float().unsqueeze(1)

@@ -23,42 +23,55 @@ def salience(weight: Tensor, diagonal: Tensor, metric: Salience) -> Tensor:
     return weight.abs() if metric == "magnitude" else (weight / diagonal).square()
 
 
-def search_column_count(magnitudes: Tensor, limit: int, mean: bool, residual_rest: bool) -> int:
-    """How many leading columns to binarize twice, the others once, for the least squared error (BiLLM, algorithm 2).
+def search_column_count(magnitudes: Tensor, limit: int) -> int:
+    """How many leading columns to binarize twice, the rest once, for the least squared error (BiLLM, algorithm 2).
 
-    ``magnitudes`` [n, k], none negative, has its columns in descending salience. Each count from 1 to ``limit`` (less
-    if the group is narrower) is tried: the leading columns are approximated per row by a binarization and one of its
-    residual, the others by one binarization (by two if ``residual_rest``). Errors are not computed but gains, which
-    need no reconstruction.
+    ``magnitudes`` [n, k] are |w|, columns in descending salience. Counts c from 1 to ``limit`` (less if the group is
+    narrower) are compared by what binarizing, without means, takes off the sum of squares. Per row, with S_c the sum of
+    the leading c magnitudes and alpha = S_c / c:
+
+        leading columns, first order     S_c^2 / c
+        leading columns, residual        A_c^2 / c        A_c = sum | |w| - alpha | = 2 (sum max(|w|, alpha) - S_c)
+        the rest                         (S_k - S_c)^2 / (k - c)
     """
     columns = magnitudes.T.contiguous()
+    k = len(columns)
+    limit = min(limit, k)
+    if limit == 0:
+        return 0
+    counts = torch.arange(1, limit + 1, device=columns.device).unsqueeze(1)
+    leading = columns.cumsum(0)
+    total, leading = leading[-1], leading[:limit]
+    alpha = leading / counts
+    larger = torch.stack([torch.maximum(columns[:c], alpha[c - 1]).sum(0) for c in range(1, limit + 1)])
+    residual = 2 * (larger - leading)
+    gains = (leading.square() + residual.square()) / counts + (total - leading).square() / (k - counts).clamp(min=1)
+    return 1 + int(gains.sum(1).argmax())
+
+
+def search_column_count_on_salience(scores: Tensor, limit: int) -> int:
+    """The same choice as BiLLM's released code makes it: for the least error of binarizing the salience itself.
+
+    ``scores`` [n, k], columns in descending salience, are binarized around their means, twice on either side.
+    """
+    columns = scores.T.contiguous()
     gains = [
-        _gain(columns[:count], mean, residual=True) + _gain(columns[count:], mean, residual=residual_rest)
+        _second_order_gain(columns[:count]) + _second_order_gain(columns[count:])
         for count in range(1, min(limit, len(columns)) + 1)
     ]
     return 1 + int(torch.stack(gains).argmax()) if gains else 0
 
 
-def _gain(x: Tensor, mean: bool, residual: bool) -> Tensor:
-    """By how much binarizing each column of x [k, n], x >= 0, lowers the sum of squares; a scalar.
+def _second_order_gain(x: Tensor) -> Tensor:
+    """What binarizing each column of x [k, n] and then its residual, around means, takes off the sum of squares.
 
-    One binarization around a center mu with scale alpha = mean|x - mu| lowers it by k (mu^2 + alpha^2). Without a mean,
-    signs do not matter to the error, so x may be the magnitudes of signed values.
+    One binarization around a center mu with scale alpha = mean|x - mu| takes off k (mu^2 + alpha^2).
     """
-    k = len(x)
-    if k == 0:
-        return x.new_zeros(())
-    if not mean:
-        scale = x.mean(0)
-        squares = scale.square()
-        if residual:
-            squares = squares + (x - scale).abs().mean(0).square()
-        return k * squares.sum()
-    squares = x.new_zeros(x.shape[1])
-    for _ in range(2 if residual else 1):
+    gain = x.new_zeros(())
+    for _ in range(2 if len(x) else 0):
         center = x.mean(0)
         deviation = x - center
         scale = deviation.abs().mean(0)
-        squares = squares + center.square() + scale.square()
+        gain = gain + len(x) * (center.square() + scale.square()).sum()
         x = deviation - torch.copysign(scale, deviation)
-    return k * squares.sum()
+    return gain

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from signbit.calibration.hessian import Factor
 from signbit.layouts import SignPlanes
+from signbit.layouts.bits import as_signs
 from signbit.layouts.sign_planes import reconstruct
 from signbit.methods.binarize import binarize
 from signbit.methods.options import Feedback, Method, MethodOptions
@@ -46,21 +47,20 @@ class PlanesCode:
         return cls(torch.stack([f.negative for f in fitted]), torch.stack([f.scale for f in fitted]), fitted[0].mean)
 
     def values(self) -> Tensor:
-        # The layout's own sum, so that packing changes nothing.
-        means = None if self.mean is None else self.mean.unsqueeze(1)
-        return self._reconstruct(self.negative, means)
-
-    def _reconstruct(self, negative: Tensor, means: Tensor | None) -> Tensor:
-        return reconstruct(negative.unsqueeze(2), self.scales.unsqueeze(2), means).squeeze(1)
+        return self._values_of(self.negative)
 
     def assign(self, column: int, weights: Tensor) -> Tensor:
+        at = slice(column, column + 1)
         residual = weights if self.mean is None else weights - self.mean.float()
         for plane, scale in enumerate(self.scales.float()):
-            negative = residual < 0
-            self.negative[plane, :, column] = negative
-            residual = residual - torch.where(negative, -scale, scale)
-        means = None if self.mean is None else self.mean.unsqueeze(1)
-        return self._reconstruct(self.negative[:, :, column : column + 1], means).squeeze(1)
+            self.negative[plane, :, column] = residual < 0
+            residual = residual - scale * as_signs(residual < 0)
+        return self._values_of(self.negative[:, :, at]).squeeze(1)
+
+    def _values_of(self, negative: Tensor) -> Tensor:
+        # The layout's own sum, so that packing changes nothing.
+        means = None if self.mean is None else self.mean.float().unsqueeze(1)
+        return reconstruct(as_signs(negative), self.scales.float().unsqueeze(2), means)
 
 
 def quantize_planes(

@@ -40,21 +40,23 @@ def split_gains(magnitudes: Tensor, thresholds: Tensor, mean: bool) -> Tensor:
     rows = _sorted(magnitudes)
     n, k = rows.shape
     sums = torch.nn.functional.pad(rows.cumsum(1), (1, 0))
-    middle = torch.searchsorted(rows, thresholds.expand(n, -1).contiguous(), right=True)
-    edges = (torch.zeros_like(middle), middle, torch.full_like(middle, k))
-    gain = torch.zeros(len(thresholds), device=rows.device)
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        count = (stop - start).clamp(min=1)
-        total = sums.gather(1, stop) - sums.gather(1, start)
-        if mean:
-            # sum |x - mu| = (sum above mu) - (sum below mu) - mu (number above - number below)
-            center = total / count
-            cut = torch.searchsorted(rows, center).clamp(start, stop)
-            above = sums.gather(1, stop) - sums.gather(1, cut)
-            deviation = 2 * above - total + center * (2 * cut - start - stop)
-            gain += (deviation.square() / count).sum(0)
-        gain += (total.square() / count).sum(0)
-    return gain
+    cut = torch.searchsorted(rows, thresholds.expand(n, -1).contiguous(), right=True)
+    low = sums.gather(1, cut)
+    high = sums[:, -1:] - low
+    low_count, high_count = cut.clamp(min=1).float(), (k - cut).clamp(min=1).float()
+    gain = low.square() / low_count + high.square() / high_count
+    if mean:
+        start, stop = torch.zeros_like(cut), torch.full_like(cut, k)
+        gain += _deviation(rows, sums, start, cut, low / low_count).square() / low_count
+        gain += _deviation(rows, sums, cut, stop, high / high_count).square() / high_count
+    return gain.sum(0)
+
+
+def _deviation(rows: Tensor, sums: Tensor, start: Tensor, stop: Tensor, center: Tensor) -> Tensor:
+    """sum |x - center| over the run start .. stop of each sorted row, from the rows' prefix sums."""
+    middle = torch.searchsorted(rows, center.contiguous()).clamp(start, stop)
+    below, inside = sums.gather(1, middle) - sums.gather(1, start), sums.gather(1, stop) - sums.gather(1, start)
+    return inside - 2 * below + center * (2 * middle - start - stop)
 
 
 def _sorted(x: Tensor) -> Tensor:
