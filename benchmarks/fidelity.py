@@ -1,6 +1,6 @@
 """What each preset, and each departure from it, is worth: errors, perplexity, honest bits and time on one model.
 
-    python benchmarks/fidelity.py demo --calib valid.txt --text test.txt --out results.csv [--seeds 0 1] [--only NAME ...]
+    python benchmarks/fidelity.py demo --calib valid.txt --text test.txt --out rows.csv [--seeds 0 1] [--only NAME ...]
 
 Calibrates with 32 x 512 tokens, evaluates the first 20 windows of 2048. One row is added to the CSV, and printed, as
 each run ends; rows that are already there are not run again.

@@ -5,7 +5,8 @@
     signbit.evaluate(model, ...)           perplexity, divergence from the original
     signbit.inspect(directory)             honest bits, itemised
 
-Importing signbit registers it with transformers, so that ``AutoModelForCausalLM.from_pretrained`` loads its checkpoints.
+Importing signbit registers it with transformers, so that ``AutoModelForCausalLM.from_pretrained`` loads its
+checkpoints.
 """
 
 from signbit import huggingface as _huggingface  # registers the quantizer; the only effect of importing signbit

@@ -37,7 +37,9 @@ def inspect(model: str | Path) -> dict[str, Any]:
         owner, separator, _ = tensor.name.partition(".packed.")
         if separator:
             packed.setdefault(owner, []).append(tensor)
-    layers, items, weights, nominal = [], {}, 0, 0.0
+    layers: list[dict[str, Any]] = []
+    items: dict[str, int] = {}
+    weights, nominal = 0, 0.0
     row_bytes = 0
     for name, description in quantization["layers"].items():
         layout, spec = parse_spec(name, description)
@@ -89,9 +91,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
 def _embedding_bytes(stored: dict[str, StoredTensor], report: QuantizationReport | None) -> int:
     """Bytes of embeddings and heads that are stored as they were."""
     reasons = report.unquantized if report else {}
-    return sum(
-        tensor.nbytes for name, tensor in stored.items() if reasons.get(name) in ("embedding", "output head")
-    )
+    return sum(tensor.nbytes for name, tensor in stored.items() if reasons.get(name) in ("embedding", "output head"))
 
 
 def _original(model: str) -> dict[str, Any]:

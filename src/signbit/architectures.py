@@ -11,6 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from signbit.errors import SignbitError
 
-Linear = nn.Linear | Conv1D
+Linear: TypeAlias = nn.Linear | Any  # or Conv1D, which is untyped
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,11 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
 class UnfusedExperts(nn.ModuleList):
     """Experts of a mixture as separate linears, in place of transformers' fused ones.
 
-    Member e has the linears ``gate_up_proj`` (or ``up_proj``, for experts without a gate) and ``down_proj``. The gate is
-    the original module's own ``_apply_gate``, so experts with clamped or interleaved gates compute what they did.
+    Member e has the linears ``gate_up_proj`` (or ``up_proj``, for experts without a gate) and ``down_proj``. The gate
+    is the original module's own ``_apply_gate``, so experts with clamped or interleaved gates compute what they did.
     """
 
-    def __init__(self, fused: nn.Module) -> None:
+    def __init__(self, fused: Any) -> None:
         super().__init__()
         for key, value in vars(fused).items():
             # Plain settings that the gate may read: alpha, limit, is_concatenated, ...
@@ -134,7 +135,7 @@ class UnfusedExperts(nn.ModuleList):
             token, slot = torch.where(top_k_index == expert)
             member = self.get_submodule(str(expert))
             inner = member.get_submodule(self.up_name)(hidden[token])
-            inner = self._apply_gate(inner) if self.up_name == "gate_up_proj" else self.act_fn(inner)
+            inner = self._apply_gate(inner) if self.up_name == "gate_up_proj" else self.get_submodule("act_fn")(inner)
             y = member.get_submodule("down_proj")(inner) * top_k_weights[token, slot, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out

@@ -84,7 +84,7 @@ def check_version(quantization: dict[str, Any], where: str | Path) -> None:
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
         raise SignbitError(
-            f"{where} has format version {version!r}, this signbit reads {FORMAT_VERSION}: install a signbit that fits it"
+            f"{where} has format version {version!r}, this signbit reads {FORMAT_VERSION}: install one that fits it"
         )
     if not isinstance(quantization.get("layers"), dict):
         raise SignbitError(f"{where}: quantization_config has no layers")
@@ -95,7 +95,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {key: value for key, value in read_quantization(path).items() if key not in _OWN_KEYS}
 
 
-# Writing ---------------------------------------------------------------------------------------------------------------
+# Writing
 
 
 def assemble(
@@ -143,7 +143,7 @@ def _write_weights(directory: Path, stored: list[StoredTensor]) -> None:
     """One file, or shards as transformers would cut them."""
     limit = python_inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default
     split = split_state_dict_into_shards_factory(
-        {tensor.name: tensor for tensor in stored},  # type: ignore[misc]
+        {tensor.name: tensor for tensor in stored},
         get_storage_size=lambda tensor: tensor.nbytes,
         get_storage_id=lambda tensor: None,
         filename_pattern="model{suffix}.safetensors",
@@ -165,7 +165,7 @@ def publish(journal: Journal, out: Path, *, overwrite: bool) -> None:
     journal.discard()
 
 
-# Reading ---------------------------------------------------------------------------------------------------------------
+# Reading
 
 
 def expected_tensors(layers: dict[str, Any], path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -101,7 +101,8 @@ def eval_command(model: str, perplexity: tuple[str, ...], json_file: str | None,
         line = f"perplexity on {source}: {value:,.4g} ({result['tokens'][source]:,} tokens)"
         if "divergence" in result:
             divergence = result["divergence"][source]
-            line += f", KL {divergence['kl']:.4f}, same top token {divergence['top1_agreement']:.1%}"
+            line += f", the original's {result['original_perplexity'][source]:,.4g}, KL {divergence['kl']:.4f}"
+            line += f", same top token {divergence['top1_agreement']:.1%}"
         console.console.print(line)
     _write_json(result, json_file)
 
@@ -148,9 +149,11 @@ def methods_command(json_file: str | None) -> None:
         for method in METHODS.values()
     ]
     common = _describe_options(CommonOptions)
-    for entry in described:
-        console.console.print(f"[bold]{entry['name']}[/bold]  {entry['summary']}\n  {entry['paper']}; layout {entry['layout']}")
-        _print_options(entry["options"])
+    for method in METHODS.values():
+        console.console.print(
+            f"[bold]{method.name}[/bold]  {method.summary}\n  {method.paper}; layout {method.layout.kind}"
+        )
+        _print_options(_describe_options(method.options))
     console.console.print("[bold]every recipe[/bold]")
     _print_options(common)
     console.console.print(f"presets: {', '.join(presets())}")

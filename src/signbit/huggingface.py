@@ -32,7 +32,7 @@ class SignbitConfig(QuantizationConfigMixin):
 
     def __init__(self, **fields: Any) -> None:
         fields.pop("quant_method", None)
-        self.quant_method = checkpoint.METHOD_NAME  # type: ignore[assignment]
+        self.quant_method = checkpoint.METHOD_NAME
         self.format_version = fields.pop("format_version", None)
         self.recipe_fields = {key: value for key, value in fields.items() if key != "layers"}
         self.layers = fields.get("layers", {})
@@ -76,22 +76,24 @@ class SignbitQuantizer(HfQuantizer):
             try:
                 module = model.get_submodule(name)
             except AttributeError as error:
-                raise SignbitError(f"config.json describes {name}, which {type(model).__name__} does not have") from error
+                raise SignbitError(
+                    f"config.json describes {name}, which {type(model).__name__} does not have"
+                ) from error
             layout, spec = parse_spec(name, description)
             if module is embeddings:
                 packed = layout(spec, device="meta")
                 if not isinstance(packed, IntegerRows):
                     raise SignbitError(f"{name}: embeddings cannot be stored as {layout.kind}")
-                replacement: nn.Module = quantized_embedding(module, packed, compute)
+                rows = quantized_embedding(module, packed, compute)
+                _replace(model, name, rows)
                 if f"{names.get(id(head))}.weight" in model.all_tied_weights_keys:
                     # Nothing is tied by name any more: the head looks at the embeddings themselves.
-                    _replace(model, names[id(head)], TiedHead(replacement, getattr(head, "bias", None)))
+                    _replace(model, names[id(head)], TiedHead(rows, getattr(head, "bias", None)))
                     model._tied_weights_keys = {}
                     model.all_tied_weights_keys = {}
             else:
                 bias = getattr(module, "bias", None) is not None
-                replacement = QuantizedLinear.empty(layout, spec, bias, compute, "meta")
-            _replace(model, name, replacement)
+                _replace(model, name, QuantizedLinear.empty(layout, spec, bias, compute, "meta"))
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -117,10 +119,10 @@ def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
     """
     replace_module(model, name, module)
     for part in module.modules():
-        part._is_hf_initialized = True  # type: ignore[assignment]
+        part._is_hf_initialized = True
     parent = name.rpartition(".")[0]
     while parent and not isinstance(model.get_submodule(parent), PreTrainedModel):
-        model.get_submodule(parent)._is_hf_initialized = True  # type: ignore[assignment]
+        model.get_submodule(parent)._is_hf_initialized = True
         parent = parent.rpartition(".")[0]
 
 

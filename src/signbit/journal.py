@@ -88,7 +88,10 @@ class Journal:
         return self._file(name).is_file()
 
     def write_block(self, index: int, block: FinishedBlock) -> None:
-        metadata = {"layers": json.dumps(block.layers), "reports": json.dumps(list(map(dataclasses.asdict, block.reports)))}
+        metadata = {
+            "layers": json.dumps(block.layers),
+            "reports": json.dumps(list(map(dataclasses.asdict, block.reports))),
+        }
         self.write(block_name(index), block.tensors, metadata)
 
     def read_block(self, index: int, *, tensors: bool = True) -> FinishedBlock:

@@ -292,9 +292,7 @@ class _Run:
 
     def _quantize_block(self, index: int, inputs: BlockInputs | None) -> FinishedBlock:
         block, prefix = self.blocks[index], f"{self.prefix}.{index}"
-        linears = {
-            name: linear for name, linear in linears_of(block).items() if f"{prefix}.{name}" not in self.skipped
-        }
+        linears = {name: linear for name, linear in linears_of(block).items() if f"{prefix}.{name}" not in self.skipped}
         with phase("loading"):
             self._load_block(index, set(linears))
         capture = HessianCapture(dict(linears))
@@ -319,7 +317,7 @@ class _Run:
         self, name: str, linear: Linear, calibration: _Calibration | None
     ) -> tuple[Layout, LayerReport]:
         weight = dense_weight(linear, linear.weight).float().contiguous()
-        factor = calibration and calibration.factor
+        factor = None if calibration is None else calibration.factor
         packed = self.recipe.method.quantize(weight, factor, self.recipe.options)
         with phase("errors"):
             hessian = None if calibration is None else calibration.hessian
@@ -346,9 +344,7 @@ class _Run:
         else:
             hessian = accumulator.hessian()
         if not torch.isfinite(hessian).all():
-            raise SignbitError(
-                f"the input of {prefix}.{name} contains NaN or infinite values on the calibration text"
-            )
+            raise SignbitError(f"the input of {prefix}.{name} contains NaN or infinite values on the calibration text")
         with phase("factorization"):
             factor = factorize(hessian, self.recipe.common.damping)
         if factor.damping > self.recipe.common.damping:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -12,18 +11,13 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    def task(self, description: str, total: int) -> _TaskContext:
+    def task(self, description: str, total: int) -> AbstractContextManager[Task]:
         """A context in which ``total`` steps are done."""
         ...
 
     def note(self, message: str) -> None:
         """Something a user should know now."""
         ...
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-    def __exit__(self, *exception: object) -> bool | None: ...
 
 
 class _Nothing:
@@ -34,12 +28,8 @@ class _Nothing:
 class Silent:
     """Reports nothing: what the Python API does unless told otherwise."""
 
-    @contextmanager
-    def _task(self) -> Iterator[Task]:
-        yield _Nothing()
-
-    def task(self, description: str, total: int) -> _TaskContext:
-        return self._task()
+    def task(self, description: str, total: int) -> AbstractContextManager[Task]:
+        return nullcontext(_Nothing())
 
     def note(self, message: str) -> None:
         pass

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -268,29 +269,13 @@ def _all_on_disk(outline: nn.Module) -> dict[str, str]:
 def _offloaded(model: PreTrainedModel) -> Mapping[str, Tensor]:
     """All weights of a disk-offloaded model: the resident ones, and accelerate's lazy loader for the others."""
     resident = {name: p.detach() for name, p in model.named_parameters() if p.device.type != "meta"}
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    lazy = next((hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None), {})
-    return _Chain(resident, lazy)
-
-
-class _Chain(Mapping[str, Tensor]):
-    """Two mappings as one, the first taking precedence."""
-
-    def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-        self._first, self._second = first, second
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._first[key] if key in self._first else self._second[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._first or key in self._second
-
-    def __iter__(self) -> Any:
-        yield from self._first
-        yield from (key for key in self._second if key not in self._first)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    lazy: Mapping[str, Tensor] = {}
+    for module in model.modules():
+        weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights_map is not None:
+            lazy = weights_map.dataset
+            break
+    return ChainMap(resident, lazy)  # type: ignore[arg-type]  # never written to
 
 
 def _fingerprint(files: list[Path]) -> str:

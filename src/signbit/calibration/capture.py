@@ -9,7 +9,7 @@ arguments and the hidden states that the (quantized) blocks before it produced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,8 @@ class BlockInputs:
                 self._run(model, batch.to(device))
 
     def _run(self, model: PreTrainedModel, ids: Tensor) -> None:
-        try:
+        with suppress(_Stop):
             model.base_model(input_ids=ids, use_cache=False)
-        except _Stop:
-            pass
 
     @contextmanager
     def _instead_of_blocks(self, make: Callable[[int, Any], Any], only_first: bool = False) -> Iterator[None]:
@@ -108,7 +106,7 @@ class BlockInputs:
             raise SignbitError(f"the output of {where} contains NaN or infinite values on the calibration text")
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818  (not an error)
     """Ends a forward pass once the first block has been seen."""
 
 

@@ -22,11 +22,12 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class TextScore:
-    """perplexity; tokens looked at; kl: mean KL(original || model) per token in nats and top1: share of tokens with
-    the same most likely successor, both None without an original."""
+    """perplexity; tokens looked at; and, where there is an original, its perplexity, the mean KL(original || model) per
+    token in nats, and top1, the share of tokens for which both have the same most likely successor."""
 
     perplexity: float
     tokens: int
+    original_perplexity: float | None = None
     kl: float | None = None
     top1: float | None = None
 
@@ -44,36 +45,51 @@ def windows_of(tokens: Tensor, seqlen: int, limit: int | None, source: str) -> T
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel, windows: Tensor, progress: Progress, description: str, original: PreTrainedModel | None = None
+    model: PreTrainedModel,
+    windows: Tensor,
+    progress: Progress,
+    description: str,
+    original: PreTrainedModel | None = None,
 ) -> TextScore:
     """Score ``model`` on windows [windows, seqlen], against ``original`` if there is one."""
-    likelihoods: list[float] = []
-    divergence, agreement, positions = 0.0, 0, 0
+    losses: list[float] = []
+    original_losses: list[float] = []
+    divergence, agreement = 0.0, 0
+    positions = len(windows) * (windows.shape[1] - 1)
     with progress.task(description, len(windows)) as task:
         for window in windows:
             logits = _logits(model, window)
             reference = None if original is None else _logits(original, window)
-            total = 0.0
+            loss, original_loss = 0.0, 0.0
             for start in range(0, len(window) - 1, _CHUNK):
                 rows = slice(start, min(start + _CHUNK, len(window) - 1))
-                targets = window[rows.start + 1 : rows.stop + 1].to(logits.device)
-                log_probabilities = logits[rows].float().log_softmax(-1)
-                total -= float(log_probabilities.gather(1, targets.unsqueeze(1)).sum())
+                targets = window[rows.start + 1 : rows.stop + 1].to(logits.device).unsqueeze(1)
+                predicted = logits[rows].float().log_softmax(-1)
+                loss -= float(predicted.gather(1, targets).sum())
                 if reference is not None:
                     wanted = reference[rows].float().log_softmax(-1)
-                    divergence += float((wanted.exp() * (wanted - log_probabilities)).sum())
-                    agreement += int((wanted.argmax(-1) == log_probabilities.argmax(-1)).sum())
-                    positions += rows.stop - rows.start
-            if not math.isfinite(total):
+                    original_loss -= float(wanted.gather(1, targets).sum())
+                    divergence += float((wanted.exp() * (wanted - predicted)).sum())
+                    agreement += int((wanted.argmax(-1) == predicted.argmax(-1)).sum())
+            if not math.isfinite(loss):
                 raise SignbitError("the model's output contains NaN or infinite values: it cannot be scored")
-            likelihoods.append(total / (len(window) - 1))
+            losses.append(loss / (len(window) - 1))
+            original_losses.append(original_loss / (len(window) - 1))
             task.advance()
-    mean = sum(likelihoods) / len(likelihoods)
-    # exp() of a hopeless model must still be a number that JSON can hold.
-    perplexity = math.exp(min(mean, 700.0))
     if original is None:
-        return TextScore(perplexity, windows.numel())
-    return TextScore(perplexity, windows.numel(), divergence / positions, agreement / positions)
+        return TextScore(_perplexity(losses), windows.numel())
+    return TextScore(
+        perplexity=_perplexity(losses),
+        tokens=windows.numel(),
+        original_perplexity=_perplexity(original_losses),
+        kl=divergence / positions,
+        top1=agreement / positions,
+    )
+
+
+def _perplexity(losses: list[float]) -> float:
+    # The exponential of a hopeless model must still be a number that JSON can hold.
+    return math.exp(min(sum(losses) / len(losses), 700.0))
 
 
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:

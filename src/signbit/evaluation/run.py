@@ -54,7 +54,7 @@ def evaluate(
             raise SignbitError(f"{against} and {model} have different vocabularies: they cannot be compared")
     result: dict[str, Any] = {"model": str(model), "perplexity": {}, "tokens": {}, "tasks": {}, "seqlen": seqlen}
     if original is not None:
-        result |= {"against": str(against), "divergence": {}}
+        result |= {"against": str(against), "original_perplexity": {}, "divergence": {}}
     for source, text in texts.items():
         if text is None:
             author = original if original is not None else scored
@@ -65,6 +65,7 @@ def evaluate(
         result["perplexity"][source] = found.perplexity
         result["tokens"][source] = found.tokens
         if original is not None:
+            result["original_perplexity"][source] = found.original_perplexity
             result["divergence"][source] = {"kl": found.kl, "top1_agreement": found.top1}
     result["seconds"] = round(time.perf_counter() - started, 3)
     return result

@@ -43,7 +43,7 @@ class IntegerRows(Layout):
     @classmethod
     def quantize(cls, weight: Tensor, bits: int, scale_dtype_name: str) -> IntegerRows:
         """Round ``[n, m]`` to the nearest codes under the scale max|row| / (2^(bits-1) - 1), rounded to its dtype."""
-        spec = IntegerRowsSpec(tuple(weight.shape), bits, scale_dtype_name)
+        spec = IntegerRowsSpec((weight.shape[0], weight.shape[1]), bits, scale_dtype_name)
         weight = weight.float()
         limit = 2 ** (bits - 1) - 1
         scales = (weight.abs().amax(dim=1) / limit).to(scale_dtype(scale_dtype_name))

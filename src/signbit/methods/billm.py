@@ -134,9 +134,13 @@ def quantize_group(weight: Tensor, diagonal: Tensor, options: BiLLMOptions) -> S
             second=sparse,
             salient=salient,
             scales=torch.stack([part.scale for part in parts], dim=1),
-            means=torch.stack([part.mean for part in parts], dim=1) if mean else None,
+            means=torch.stack([part.mean for part in parts if part.mean is not None], dim=1) if mean else None,
             salient_scales=torch.stack([first.scale, second.scale], dim=1),
-            salient_mean=(first.mean.float() + second.mean.float()).to(dtype) if mean else None,
+            salient_mean=(
+                (first.mean.float() + second.mean.float()).to(dtype)
+                if first.mean is not None and second.mean is not None
+                else None
+            ),
         )
 
 
@@ -165,19 +169,20 @@ def quantize(weight: Tensor, factor: Factor | None, options: BiLLMOptions) -> Sp
         options.feedback,
     )
     with phase("packing"):
-        with_salient = [code for code in codes if bool(code.salient.any())]
-        n, storage = weight.shape[0], options.storage
-        none = torch.zeros(n, 0, dtype=storage, device=weight.device)
-        salient_scales = [code.salient_scales for code in with_salient]
-        salient_means = [code.salient_mean for code in with_salient]
+        marked = [code for code in codes if bool(code.salient.any())]
+        means = [code.means for code in codes if code.means is not None]
+        salient_means = [code.salient_mean for code in marked if code.salient_mean is not None]
+        nothing = torch.zeros(weight.shape[0], 0, dtype=options.storage, device=weight.device)
         return SplitPlanes.encode(
             negative=torch.cat([code.negative for code in codes], dim=1),
             second=torch.cat([code.second for code in codes], dim=1),
             salient=torch.cat([code.salient for code in codes]),
             scales=torch.stack([code.scales for code in codes], dim=1),
-            means=torch.stack([code.means for code in codes], dim=1) if options.mean else None,
-            salient_scales=torch.stack(salient_scales, dim=1) if with_salient else none.unsqueeze(2).expand(n, 0, 2),
-            salient_means=(torch.stack(salient_means, dim=1) if with_salient else none) if options.mean else None,
+            means=torch.stack(means, dim=1) if options.mean else None,
+            salient_scales=torch.stack([code.salient_scales for code in marked], dim=1)
+            if marked
+            else nothing.unsqueeze(2).expand(-1, 0, 2),
+            salient_means=(torch.stack(salient_means, dim=1) if marked else nothing) if options.mean else None,
             group_size=size,
         )
 

@@ -79,7 +79,7 @@ def quantize_planes(
         return SignPlanes.encode(
             negative=torch.cat([code.negative for code in codes], dim=2),
             scales=torch.stack([code.scales for code in codes], dim=2),
-            means=torch.stack([code.mean for code in codes], dim=1) if options.mean else None,
+            means=torch.stack([code.mean for code in codes if code.mean is not None], dim=1) if options.mean else None,
             group_size=size,
         )
 
