@@ -1,9 +1,9 @@
 """How transformers learns to load signbit checkpoints.
 
 Importing this module (``import signbit`` does) registers a quantization config and a quantizer. The quantizer swaps
-modules for packed ones while the model is still on the meta device, with tensors of exactly the names, shapes and dtypes
-that the checkpoint has; transformers then loads them like any others. Works with transformers 5.0 to 5.23: only hooks
-that mean the same in all of them are used, and the one whose signature changed takes either form.
+modules for packed ones while the model is still on the meta device, with tensors of exactly the names, shapes and
+dtypes that the checkpoint has; transformers then loads them like any others. Works with transformers 5.0 to 5.23: only
+hooks that mean the same in all of them are used, and the one whose signature changed takes either form.
 """
 
 from __future__ import annotations
@@ -114,12 +114,12 @@ class SignbitQuantizer(HfQuantizer):
 def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
     """Put ``module`` at ``name`` and keep transformers from initialising it.
 
-    Some architectures initialise a linear from the module around it, by name; every tensor of a checkpoint is loaded, so
-    those modules need no initialising either.
+    Some architectures initialise a linear from the module around it, by name; every tensor of a checkpoint is loaded,
+    so those modules need no initialising either.
     """
     replace_module(model, name, module)
     for part in module.modules():
-        part._is_hf_initialized = True
+        part._is_hf_initialized = True  # type: ignore[assignment]
     parent = name.rpartition(".")[0]
     while parent and not isinstance(model.get_submodule(parent), PreTrainedModel):
         model.get_submodule(parent)._is_hf_initialized = True

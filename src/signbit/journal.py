@@ -8,8 +8,8 @@ A run writes to ``OUT.partial`` and nothing else until it is done:
     OUT.partial/block-00007.safetensors a finished block: packed and kept tensors; its layers' reports as metadata
     OUT.partial/checkpoint/             the checkpoint being put together; renamed to OUT as the last step
 
-Every file is written under another name, synced and renamed, so a file that is there is whole. Activations are not kept:
-a resumed run computes them again from the finished blocks, which gives the same bits.
+Every file is written under another name, synced and renamed, so a file that is there is whole. Activations are not
+kept: a resumed run computes them again from the finished blocks, which gives the same bits.
 """
 
 from __future__ import annotations

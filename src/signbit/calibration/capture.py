@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from signbit.calibration.hessian import HessianAccumulator
 from signbit.errors import SignbitError
+from signbit.finite import all_finite
 from signbit.timing import phase
 
 
@@ -102,7 +103,7 @@ class BlockInputs:
                 self.hidden[i] = output[0] if isinstance(output, tuple) else output
 
     def check_finite(self, where: str) -> None:
-        if not all(bool(torch.isfinite(hidden).all()) for hidden in self.hidden):
+        if not all(all_finite(hidden) for hidden in self.hidden):
             raise SignbitError(f"the output of {where} contains NaN or infinite values on the calibration text")
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from signbit.errors import SignbitError
+from signbit.finite import all_finite
 
 # Width of the column panels in which the lower triangle of H is accumulated: narrow enough to skip most of the upper
 # triangle, wide enough for the matrix products to run at full speed.
@@ -79,7 +80,7 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
     while damping <= MAX_DAMPING:
         damped = hessian + (damping * mean) * eye
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed and torch.isfinite(lower).all():
+        if not failed and all_finite(lower):
             root = lower.flip(0, 1).contiguous()
             upper = torch.linalg.solve_triangular(root, eye, upper=True)
             return Factor(upper=upper, inverse=root, dead=dead, damping=damping)

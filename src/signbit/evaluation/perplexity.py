@@ -37,7 +37,8 @@ def windows_of(tokens: Tensor, seqlen: int, limit: int | None, source: str) -> T
     count = len(tokens) // seqlen
     if count == 0:
         raise SignbitError(
-            f"{source} has {len(tokens):,} tokens, fewer than one window of {seqlen}: give more text or a smaller --seqlen"
+            f"{source} has {len(tokens):,} tokens, fewer than one window of {seqlen}: "
+            "give a longer text or a smaller seqlen"
         )
     count = count if limit is None else min(count, limit)
     return tokens[: count * seqlen].view(count, seqlen)

@@ -35,8 +35,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score MODEL, packed as it is stored, on each text SOURCE in ``perplexity``.
 
-    windows: only the first so many windows of ``seqlen`` tokens. against: the original model, for divergence. The source
-    ``self`` is text written by ``against`` if given, else by the model. Returns what ``signbit eval --json`` prints.
+    windows: only the first so many windows of ``seqlen`` tokens. against: the original model, for divergence. The
+    source ``self`` is text written by ``against`` if given, else by the model. Returns what ``signbit eval --json``
+    prints.
     """
     progress = progress or Silent()
     if seqlen < 2 or (windows is not None and windows < 1):

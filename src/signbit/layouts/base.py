@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from signbit.errors import SignbitError
+from signbit.finite import all_finite
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -81,7 +82,7 @@ class Layout(nn.Module):
                         f"{self.kind}.{name}: expected {expected.dtype} {expected.shape}, "
                         f"got {tensor.dtype} {tuple(tensor.shape)}"
                     )
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                if not all_finite(tensor):
                     raise SignbitError(f"{name} do not fit {tensor.dtype}: use scale_dtype=bfloat16")
             self.register_buffer(name, tensor)
 

@@ -39,7 +39,7 @@ from signbit.layouts.bits import as_signs
 from signbit.layouts.split_planes import ordinary_values, salient_values
 from signbit.methods.binarize import binarize
 from signbit.methods.options import Feedback, Method, MethodOptions
-from signbit.methods.salience import Salience, salience, search_column_count, search_column_count_on_salience
+from signbit.methods.salience import Salience, salience, search_column_count
 from signbit.methods.split import Grid, search_threshold
 from signbit.methods.sweep import sweep
 from signbit.timing import phase
@@ -147,10 +147,9 @@ def quantize_group(weight: Tensor, diagonal: Tensor, options: BiLLMOptions) -> S
 def _salient_columns(weight: Tensor, scores: Tensor, options: BiLLMOptions) -> Tensor:
     """Steps 1 and 2: the salient columns of a group, bool [k]."""
     ranking = scores.sum(0).argsort(descending=True, stable=True)
-    if options.column_search == "salience":
-        count = search_column_count_on_salience(scores[:, ranking], options.max_salient)
-    else:
-        count = search_column_count(weight.abs()[:, ranking], options.max_salient)
+    by_salience = options.column_search == "salience"
+    searched = (scores if by_salience else weight.abs())[:, ranking]
+    count = search_column_count(searched, options.max_salient, residual_rest=by_salience)
     salient = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     salient[ranking[:count]] = True
     return salient

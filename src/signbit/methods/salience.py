@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from signbit.methods.sorting import sort_rows
+
 Salience = Literal["hessian", "magnitude"]
 
 
@@ -23,16 +25,17 @@ def salience(weight: Tensor, diagonal: Tensor, metric: Salience) -> Tensor:
     return weight.abs() if metric == "magnitude" else (weight / diagonal).square()
 
 
-def search_column_count(magnitudes: Tensor, limit: int) -> int:
-    """How many leading columns to binarize twice, the rest once, for the least squared error (BiLLM, algorithm 2).
+def search_column_count(magnitudes: Tensor, limit: int, *, residual_rest: bool) -> int:
+    """How many leading columns to binarize twice for the least squared error (BiLLM, algorithm 2).
 
-    ``magnitudes`` [n, k] are |w|, columns in descending salience. Counts c from 1 to ``limit`` (less if the group is
-    narrower) are compared by what binarizing, without means, takes off the sum of squares. Per row, with S_c the sum of
-    the leading c magnitudes and alpha = S_c / c:
+    ``magnitudes`` [n, k], none negative, has its columns in descending salience. Counts c from 1 to ``limit`` (less if
+    the group is narrower) are compared by what binarizing takes off the sum of squares, as in the paper without means:
+    per row, for K columns whose magnitudes add up to S,
 
-        leading columns, first order     S_c^2 / c
-        leading columns, residual        A_c^2 / c        A_c = sum | |w| - alpha | = 2 (sum max(|w|, alpha) - S_c)
-        the rest                         (S_k - S_c)^2 / (k - c)
+        once     S^2 / K
+        twice    (S^2 + A^2) / K        A = sum |x - S/K| = 2 (sum max(x, S/K) - S)
+
+    The leading columns are binarized twice, the rest once, or twice too if ``residual_rest``.
     """
     columns = magnitudes.T.contiguous()
     k = len(columns)
@@ -40,38 +43,29 @@ def search_column_count(magnitudes: Tensor, limit: int) -> int:
     if limit == 0:
         return 0
     counts = torch.arange(1, limit + 1, device=columns.device).unsqueeze(1)
-    leading = columns.cumsum(0)
-    total, leading = leading[-1], leading[:limit]
-    alpha = leading / counts
-    larger = torch.stack([torch.maximum(columns[:c], alpha[c - 1]).sum(0) for c in range(1, limit + 1)])
-    residual = 2 * (larger - leading)
-    gains = (leading.square() + residual.square()) / counts + (total - leading).square() / (k - counts).clamp(min=1)
+    sums = columns.cumsum(0)
+    leading, rest = sums[:limit], sums[-1] - sums[:limit]
+    center = leading / counts
+    residual = 2 * (_leading_maxima(columns, center) - leading)
+    gains = (leading.square() + residual.square()) / counts
+    rest_counts = (k - counts).clamp(min=1)
+    if residual_rest:
+        # The rest's maxima are those of the whole row, a prefix sum in sorted order, less the leading columns'.
+        center = rest / rest_counts
+        maxima = _row_maxima(magnitudes, center.T.contiguous()).T - _leading_maxima(columns, center)
+        gains += (2 * (maxima - rest)).square() / rest_counts
+    gains += rest.square() / rest_counts
     return 1 + int(gains.sum(1).argmax())
 
 
-def search_column_count_on_salience(scores: Tensor, limit: int) -> int:
-    """The same choice as BiLLM's released code makes it: for the least error of binarizing the salience itself.
-
-    ``scores`` [n, k], columns in descending salience, are binarized around their means, twice on either side.
-    """
-    columns = scores.T.contiguous()
-    gains = [
-        _second_order_gain(columns[:count]) + _second_order_gain(columns[count:])
-        for count in range(1, min(limit, len(columns)) + 1)
-    ]
-    return 1 + int(torch.stack(gains).argmax()) if gains else 0
+def _leading_maxima(columns: Tensor, centers: Tensor) -> Tensor:
+    """sum over the first c columns of max(x, centers[c-1]), for every c; columns [k, n], centers [limit, n]."""
+    return torch.stack([torch.maximum(columns[:c], center).sum(0) for c, center in enumerate(centers, start=1)])
 
 
-def _second_order_gain(x: Tensor) -> Tensor:
-    """What binarizing each column of x [k, n] and then its residual, around means, takes off the sum of squares.
-
-    One binarization around a center mu with scale alpha = mean|x - mu| takes off k (mu^2 + alpha^2).
-    """
-    gain = x.new_zeros(())
-    for _ in range(2 if len(x) else 0):
-        center = x.mean(0)
-        deviation = x - center
-        scale = deviation.abs().mean(0)
-        gain = gain + len(x) * (center.square() + scale.square()).sum()
-        x = deviation - torch.copysign(scale, deviation)
-    return gain
+def _row_maxima(rows: Tensor, centers: Tensor) -> Tensor:
+    """sum over each whole row of max(x, center), for centers [n, limit]."""
+    ordered = sort_rows(rows)
+    sums = torch.nn.functional.pad(ordered.cumsum(1), (1, 0))
+    below = torch.searchsorted(ordered, centers)
+    return sums[:, -1:] - sums.gather(1, below) + below * centers

@@ -10,8 +10,8 @@ which is GPTQ's update (arXiv 2210.17323) for a whole group at once. Ways to obt
     none       nothing is fed back
     diagonal   U_bb is replaced by its diagonal: what the released code of BiLLM, STBLLM, ARB-LLM and HBLLM does
     block      the exact formula above; U^-1 is at hand, so it is one small matrix product
-    column     GPTQ proper: the group's codebook is fitted from the group's weights at entry and frozen, then its columns
-               are quantized one by one, each passing its error on to the next ones inside the group too
+    column     GPTQ proper: the group's codebook is fitted from the group's weights at entry and frozen, then its
+               columns are quantized one by one, each passing its error on to the next ones inside the group too
 """
 
 from __future__ import annotations
