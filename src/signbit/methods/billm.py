@@ -13,12 +13,19 @@ before it:
    the sparse ones; each part is binarized per row with its own mean and scale. p is searched for the least error.
 5. The error goes to the groups still to come (sweep.py).
 
-Paper and released code differ, and the options name both ways. The default follows the paper where the two searches
-minimise the error of the *weights*, without means as in its formulas; the released code minimises the error of
-binarizing the *salience matrix* around its means instead (and binarizes twice on both sides of step 2), which nearly
-always ends at the edge of the split's range. From the code comes what the paper leaves open: the means of the final
-fit, the candidates of the split (81 quantiles; the paper's multiples of max|w| are ``split_grid: max``), the search
-range of c and the diagonal feedback. The preset ``billm-released`` is the code.
+Paper and released code differ. In the paper both searches minimise the error of the weights; in the code both minimise
+the error of binarizing the salience matrix, with means (which the paper's formulas do not have) and with two
+binarizations on both sides of step 2. Which is right differs between the two:
+
+- Columns. Whatever is binarized twice has less error, so on the weights the search of step 2 ends at ``max_salient`` in
+  nearly every group, far from the few columns that the paper reports. The default is therefore the code's salience
+  matrix, without its means: in closed form, with all but the same choices.
+- Split. On the salience, whose distribution is all tail, the search ends at the edge of its range and calls a tenth of
+  the weights sparse, whatever they are. On the weights it finds the bell's shoulders. The default is the paper's.
+
+From the code comes what the paper leaves open: the means of the final fit, the candidates of the split (81 quantiles;
+the paper's multiples of max|w| are ``split_grid: max``), the search range of c and the diagonal feedback. The preset
+``billm-released`` takes the code's way in both searches.
 
 The decision is stored in the layout ``split_planes``; the two means of step 3 are stored as their sum.
 """
@@ -50,7 +57,7 @@ SearchOn = Literal["weights", "salience"]
 class BiLLMOptions(MethodOptions):
     salience: Salience = Field("hessian", description="what makes a weight salient")
     max_salient: int = Field(49, ge=0, description="most salient columns in a group; 0: none")
-    column_search: SearchOn = Field("weights", description="whose error the search of salient columns minimises")
+    column_search: SearchOn = Field("salience", description="whose error the search of salient columns minimises")
     split_search: SearchOn = Field("weights", description="what is split, and whose error that search minimises")
     split_grid: Grid = Field("quantile", description="candidates: quantiles, or fractions of the largest")
     split_candidates: int = Field(81, ge=1, le=4096, description="how many thresholds the split search tries")
