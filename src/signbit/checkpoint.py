@@ -136,6 +136,8 @@ def assemble(
         architecture = type(source.skeleton).__name__
         config.auto_map = {"AutoModelForCausalLM": f"{STUB_FILE}.{architecture}"}
         write_text(staging / f"{STUB_FILE}.py", _STUB.format(name=architecture))
+    for file in source.code:
+        shutil.copy(file, staging)
     config.save_pretrained(staging)
 
 

@@ -96,6 +96,11 @@ class SignbitQuantizer(HfQuantizer):
                 _replace(model, name, QuantizedLinear.empty(layout, spec, bias, compute, "meta"))
         return model
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # Tensors are saved again under the module tree's names, not under those of a dense checkpoint.
+        model._weight_conversions = []
+        return model
+
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         # Experts are stored one by one and stay so: what would merge them must not run.
         return [c for c in weight_conversions if not isinstance(c, WeightConverter)]

@@ -44,6 +44,8 @@ class Source:
     skeleton: the model with parameters on the meta device and experts unfused; buffers are real.
     weights: parameter name -> tensor, for everything that the checkpoint holds.
     fingerprint: identifies the model's content, for the journal.
+    slices: where the parameters of unfused experts lie in the checkpoint's.
+    code: Python files of a model that brings its own.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Source:
     dtype: torch.dtype
     fingerprint: str
     slices: dict[str, Slice] = field(default_factory=dict)
+    code: list[Path] = field(default_factory=list)
     _workspace: Path | None = None
 
     @property
@@ -195,6 +198,7 @@ def _open_directory(name: str, path: Path, trust_remote_code: bool) -> Source:
         dtype=model.dtype,
         fingerprint=_fingerprint([path / "config.json", *files]),
         slices=_finish(model),
+        code=sorted(path.glob("*.py")) if trust_remote_code else [],
         _workspace=workspace,
     )
 
