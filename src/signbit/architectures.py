@@ -188,6 +188,8 @@ def unquantized_parameters(model: PreTrainedModel, quantized: set[str], skipped:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}" if module_name else name
+            if full in model.all_tied_weights_keys:
+                continue  # another name of a parameter that is listed under its own
             if module_name in skipped:
                 reason = skipped[module_name]
             elif module is embeddings:

@@ -51,7 +51,7 @@ def check_target(out: Path, journal: Journal, *, resume: bool, overwrite: bool) 
         raise SignbitError(f"{out} already exists: choose another directory, or replace it with --overwrite")
     if out.exists() and not _is_ours(out):
         raise SignbitError(f"{out} is not a signbit checkpoint: it is not overwritten, choose another directory")
-    if journal.exists and not overwrite:
+    if journal.has(block_name(0)) and not overwrite:
         raise SignbitError(
             f"{journal.directory} holds an interrupted run: go on with --resume, or start anew with --overwrite"
         )

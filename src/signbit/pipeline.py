@@ -86,14 +86,15 @@ def quantize(
             report = _already_finished(out, identity)
             journal.discard()
             return report
-        run = _Run(source, recipe, journal, chosen, progress)
-        run.check()
-        if resume and journal.exists:
+        resuming = resume and journal.exists
+        if resuming:
             journal.check(identity)
             progress.note(f"resuming from {journal.directory}")
-        else:
-            journal.start(identity)
+        run = _Run(source, recipe, journal, chosen, progress)
+        run.check(resuming=resuming)
         try:
+            if not resuming:
+                journal.start(identity)
             with stopwatch.phase("other"), torch.no_grad():
                 report = run.execute()
             checkpoint.assemble(source, recipe, journal, report, run.outer_specs, run.storage)
@@ -144,15 +145,21 @@ class _Run:
         # CPUs compute in float32, which is as fast on most of them as 16 bits, and exact for all that is stored.
         self.compute = torch.float32 if device.type == "cpu" else self.storage
         self.outer_specs: dict[str, dict[str, Any]] = {}
+        self.windows: Tensor | None = None
         linears = {f"{self.prefix}.{i}.{name}" for i, block in enumerate(self.blocks) for name in linears_of(block)}
         self.skipped = self._skipped(linears)
         self.unquantized = unquantized_parameters(self.model, linears - self.skipped.keys(), self.skipped)
 
-    def check(self) -> None:
-        """Refuse what can be seen to fail before any work is done."""
+    def check(self, *, resuming: bool) -> None:
+        """Refuse what can be seen to fail before any work is done, and before anything old is replaced."""
         common = self.recipe.common
         if common.samples:
             check_seqlen(self.source.config, common.seqlen)
+            if common.calib != SELF and not (resuming and self.journal.has("tokens")):
+                with phase("calibration text"):
+                    text = read_text(str(common.calib), "train")
+                    tokens = tokenize(self.source.tokenizer, text)
+                    self.windows = random_windows(tokens, common.samples, common.seqlen, common.seed)
         head = self.model.get_output_embeddings()
         if common.head != "keep" and (head is None or self._tied()):
             raise SignbitError("head: this model's head is tied to its embeddings: set embeddings instead")
@@ -244,13 +251,14 @@ class _Run:
         tied = set(self.model.all_tied_weights_keys)
         tensors = {}
         for name, parameter in list(self.model.named_parameters()):
-            inside = name.startswith(self.prefix + ".") or name.rpartition(".")[0] in stored or name in tied
+            inside = name.startswith(f"{self.prefix}.") or name.rpartition(".")[0] in stored or name in tied
             if not inside and parameter.device.type == "meta":
                 tensors[name] = self.source.tensor(name).to(self.storage)
                 set_parameter(self.model, name, tensors[name].to(self.device, self.compute))
-        for name, buffer in self.model.state_dict().items():
-            if name not in tied and name in dict(self.model.named_buffers()) and ".packed." not in name:
-                tensors[name] = buffer
+        buffers = dict(self.model.named_buffers())
+        for name in self.model.state_dict().keys() & buffers.keys():
+            if not name.startswith(f"{self.prefix}.") and ".packed." not in name:
+                tensors[name] = buffers[name]
         if not self.journal.has("outer-rest"):
             self.journal.write("outer-rest", tensors)
 
@@ -279,9 +287,8 @@ class _Run:
 
     def _calibration_tokens(self) -> Tensor:
         common = self.recipe.common
-        if common.calib != SELF:
-            text = read_text(str(common.calib), "train")
-            return random_windows(tokenize(self.source.tokenizer, text), common.samples, common.seqlen, common.seed)
+        if self.windows is not None:
+            return self.windows
         self.progress.note(f"{self.source.name} writes its own calibration text: this loads the whole model once")
         writer = AutoModelForCausalLM.from_config(self.source.config, dtype=self.compute)
         state = {name: self.source.weights[name] for name in writer.state_dict() if name in self.source.weights}
