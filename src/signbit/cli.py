@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import huggingface_hub
 import transformers
 
 from signbit import accounting, console, inference
@@ -190,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Their progress bars and warnings are about things that signbit reports itself.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
     try:
         result = app.main(arguments, prog_name="signbit", standalone_mode=False)
         return result if isinstance(result, int) else 0
