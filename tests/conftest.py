@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers
 
-from tiny import TEXT, save_tiny
+import signbit
+from tiny import SMALL_RECIPE, TEXT, save_tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +36,24 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in made:
             made[key] = save_tiny(family, tmp_path_factory.mktemp(family) / "model", **options)
         return made[key]
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def packed_dir(
+    tiny_dir: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`packed_dir(family, source={options of save_tiny}, **keys of the recipe)`: a checkpoint made with BiLLM, once."""
+    made: dict[str, Path] = {}
+
+    def directory(family: str, source: dict[str, Any] | None = None, **keys: Any) -> Path:
+        name = repr((family, source, keys))
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(f"{family}-packed") / "checkpoint"
+            recipe = {**SMALL_RECIPE, "calib": str(text_file), **keys}
+            signbit.quantize(str(tiny_dir(family, **(source or {}))), made[name], signbit.Recipe(recipe), device="cpu")
+        return made[name]
 
     return directory
 

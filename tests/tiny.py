@@ -18,6 +18,8 @@ VOCAB = 300
 POSITIONS = 256
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 SPECIAL_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+# Fast, and with several groups in every matrix.
+SMALL_RECIPE = {"method": "billm", "group_size": 32, "samples": 8, "seqlen": 48}
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

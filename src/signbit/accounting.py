@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from signbit import checkpoint
-from signbit.architectures import find_blocks
 from signbit.layouts import count_items, parse_spec
 from signbit.report.quantization import QuantizationReport
 from signbit.safetensors_file import StoredTensor
@@ -97,12 +96,11 @@ def _embedding_bytes(stored: dict[str, StoredTensor], report: QuantizationReport
 def _original(model: str) -> dict[str, Any]:
     source = open_source(model)
     try:
-        prefix, _ = find_blocks(source.skeleton)
-        size = source.dtype.itemsize
-        names = dict(source.skeleton.named_parameters())
-        tied = set(source.skeleton.all_tied_weights_keys)
-        total = sum(p.numel() * size for name, p in names.items() if name not in tied)
-        inside = sum(p.numel() * size for name, p in names.items() if name.startswith(f"{prefix}."))
+        model, size = source.skeleton, source.dtype.itemsize
+        sizes = {key: p.numel() * size for key, p in model.named_parameters() if key not in model.all_tied_weights_keys}
+        names = {id(module): name for name, module in model.named_modules()}
+        outer = {f"{names.get(id(m))}.weight" for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+        total, embeddings = sum(sizes.values()), sum(nbytes for key, nbytes in sizes.items() if key in outer)
     finally:
         source.close()
     return {
@@ -111,7 +109,7 @@ def _original(model: str) -> dict[str, Any]:
         "bits_per_weight": None,
         "nominal_bits_per_weight": None,
         "quantized_weights": 0,
-        "bytes": {"quantized": 0, "embeddings": total - inside, "other": inside, "total": total},
+        "bytes": {"quantized": 0, "embeddings": embeddings, "other": total - embeddings, "total": total},
         "items": {},
         "layers": [],
         "unquantized": {},

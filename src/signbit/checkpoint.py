@@ -27,7 +27,7 @@ from signbit.recipe import Recipe
 from signbit.report.quantization import FILE as REPORT_FILE
 from signbit.report.quantization import QuantizationReport
 from signbit.safetensors_file import INDEX, StoredTensor, copy_tensors, read_directory, write_text
-from signbit.source import Source, load_tokenizer, read_config, resolve
+from signbit.source import Source, first_line, load_tokenizer, read_config, resolve
 
 METHOD_NAME = "signbit"
 FORMAT_VERSION = 1
@@ -41,17 +41,13 @@ from transformers import {name}  # noqa: F401
 
 def check_target(out: Path, journal: Journal, *, resume: bool, overwrite: bool) -> None:
     """Refuse to write where that would lose something."""
-    if resume and overwrite:
-        raise SignbitError("--resume and --overwrite exclude each other")
     if not out.parent.is_dir():
         raise SignbitError(f"{out.parent} does not exist: create it first")
-    if resume:
-        return
-    if out.exists() and not overwrite:
+    if out.exists() and not (overwrite or resume):
         raise SignbitError(f"{out} already exists: choose another directory, or replace it with --overwrite")
-    if out.exists() and not _is_ours(out):
+    if out.exists() and overwrite and not _is_ours(out):
         raise SignbitError(f"{out} is not a signbit checkpoint: it is not overwritten, choose another directory")
-    if journal.has(block_name(0)) and not overwrite:
+    if journal.has(block_name(0)) and not (overwrite or resume):
         raise SignbitError(
             f"{journal.directory} holds an interrupted run: go on with --resume, or start anew with --overwrite"
         )
@@ -159,10 +155,14 @@ def _write_weights(directory: Path, stored: list[StoredTensor]) -> None:
         write_text(directory / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def publish(journal: Journal, out: Path, *, overwrite: bool) -> None:
-    """Make the staged checkpoint the one at ``out``, in one step, and forget the journal."""
-    if out.exists() and (overwrite or not any(out.iterdir())):
-        shutil.rmtree(out)
+def publish(journal: Journal, out: Path) -> None:
+    """Make the staged checkpoint the one at ``out``, and forget the journal.
+
+    An old checkpoint is moved aside, not deleted, before the new one takes its place: whenever the run is stopped, one
+    of the two is at ``out`` or a resumed run puts it there.
+    """
+    if out.exists():
+        out.rename(journal.directory / "replaced")
     journal.staging.rename(out)
     journal.discard()
 
@@ -226,7 +226,7 @@ def load(
             trust_remote_code=trust_remote_code,
         )
     except (ValueError, RuntimeError, KeyError) as error:
-        raise SignbitError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise SignbitError(f"{path} cannot be loaded: {first_line(error)}") from error
     unused = sorted(info["unexpected_keys"])
     missing = sorted(info["missing_keys"])
     if missing or unused:

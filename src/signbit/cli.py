@@ -197,6 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except SignbitError as error:
         return _fail(str(error), 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.UsageError as error:
         return _fail(f"{error.format_message()} (signbit {_command(error)}--help shows the usage)", 2)
     except (click.Abort, KeyboardInterrupt):

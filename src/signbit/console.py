@@ -63,7 +63,7 @@ class _Lines:
 
 def quantization_table(report: QuantizationReport) -> Table:
     """Errors by kind of layer, since a large model has hundreds."""
-    table = Table("layers", "number", "bits/weight", "weight error", "output error")
+    table = _table("layers", "number", "bits/weight", "weight error", "output error")
     kinds: dict[str, list[Any]] = {}
     for layer in report.layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
@@ -81,7 +81,7 @@ def quantization_table(report: QuantizationReport) -> Table:
 
 def unquantized_table(unquantized: dict[str, str]) -> Table:
     """What was left as it is, counted by reason."""
-    table = Table("not quantized because", "tensors", "for example")
+    table = _table("not quantized because", "tensors", "for example")
     reasons: dict[str, list[str]] = {}
     for name, reason in unquantized.items():
         reasons.setdefault(reason, []).append(name)
@@ -95,14 +95,14 @@ def notes_table(report: QuantizationReport) -> Table | None:
     noted = [(layer.name, note) for layer in report.layers for note in layer.notes]
     if not noted:
         return None
-    table = Table("layer", "note")
+    table = _table("layer", "note")
     for row in noted:
         table.add_row(*row)
     return table
 
 
 def seconds_table(seconds: dict[str, float]) -> Table:
-    table = Table("phase", "seconds")
+    table = _table("phase", "seconds")
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{value:.1f}")
     table.add_row("total", f"{sum(seconds.values()):.1f}")
@@ -110,7 +110,7 @@ def seconds_table(seconds: dict[str, float]) -> Table:
 
 
 def inspection_tables(result: dict[str, Any], per_layer: bool = True) -> list[Table]:
-    summary = Table("", str(result["model"]))
+    summary = _table("", str(result["model"]))
     if result["bits_per_weight"] is not None:
         summary.add_row("method", result["method"])
         summary.add_row("bits per weight", f"{result['bits_per_weight']:.4f} (counted from the file)")
@@ -122,7 +122,7 @@ def inspection_tables(result: dict[str, Any], per_layer: bool = True) -> list[Ta
         summary.add_row(f"  {name}", f"{size:,} ({8 * size / result['quantized_weights']:.4f} bits a weight)")
     tables = [summary]
     if result["layers"] and per_layer:
-        layers = Table("layer", "shape", "layout", "bits/weight", "output error")
+        layers = _table("layer", "shape", "layout", "bits/weight", "output error")
         for layer in result["layers"]:
             error = layer.get("output_error")
             layers.add_row(
@@ -134,6 +134,14 @@ def inspection_tables(result: dict[str, Any], per_layer: bool = True) -> list[Ta
             )
         tables.append(layers)
     return tables
+
+
+def _table(*headers: str) -> Table:
+    """A table that breaks long names rather than cutting them."""
+    table = Table()
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
 
 
 def _mean(values: list[float]) -> float:

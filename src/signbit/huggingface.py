@@ -66,8 +66,6 @@ class SignbitQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         config = self.quantization_config
         checkpoint.check_version(config.to_dict(), "config.json")
-        if checkpoint_files:
-            _check_files(checkpoint_files, config.layers)
         unfuse_experts(model)
         names = {id(module): name for name, module in model.named_modules()}
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -94,6 +92,8 @@ class SignbitQuantizer(HfQuantizer):
             else:
                 bias = getattr(module, "bias", None) is not None
                 _replace(model, name, QuantizedLinear.empty(layout, spec, bias, compute, "meta"))
+        if checkpoint_files:
+            _check_files(model, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -131,12 +131,21 @@ def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
         parent = parent.rpartition(".")[0]
 
 
-def _check_files(files: list[str], layers: dict[str, Any]) -> None:
-    """Refuse files whose packed tensors are not what config.json says, naming both."""
-    expected = checkpoint.expected_tensors(layers, Path(files[0]).parent)
-    for file in files:
-        for name, tensor in read_header(Path(file))[0].items():
-            if ".packed." in name and expected.get(name) != (tensor.dtype, tensor.shape):
-                raise SignbitError(
-                    f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, expected {expected.get(name)}"
-                )
+def _check_files(model: PreTrainedModel, files: list[str]) -> None:
+    """Refuse files that do not hold exactly what the model is about to load, naming file and tensor.
+
+    transformers itself would make up what is missing and, depending on its version, what has another shape.
+    """
+    stored = {name: tensor for file in files for name, tensor in read_header(Path(file))[0].items()}
+    for name, expected in model.state_dict().items():
+        if name in model.all_tied_weights_keys:
+            continue
+        found = stored.get(name)
+        if found is None:
+            raise SignbitError(f"{Path(files[0]).parent} lacks the tensor {name}")
+        packed = ".packed." in name
+        if found.shape != tuple(expected.shape) or (packed and found.dtype != expected.dtype):
+            raise SignbitError(
+                f"{found.file}: {name} is {found.dtype} {list(found.shape)}, expected "
+                f"{expected.dtype if packed else 'float'} {list(expected.shape)}"
+            )

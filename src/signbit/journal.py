@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -41,6 +42,8 @@ class FinishedBlock:
 class Journal:
     def __init__(self, out: Path) -> None:
         self.directory = out.with_name(out.name + ".partial")
+        # Not inside, since it is filled before it is known whether the journal is to be kept.
+        self.workspace = out.with_name(out.name + ".partial-weights")
         self.staging = self.directory / "checkpoint"
         self._manifest = self.directory / "journal.json"
 
@@ -78,7 +81,11 @@ class Journal:
     def write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         with atomic_file(self._file(name)) as temporary:
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
+            try:
+                safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
+            except safetensors.SafetensorError as error:
+                # The library's name for whatever went wrong with the file, a full disk for one.
+                raise OSError(str(error)) from error
 
     def read(self, name: str) -> dict[str, Tensor]:
         # Through bytes, not a mapping of the file: memory then holds one block, not all that were ever read.

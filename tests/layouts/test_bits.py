@@ -20,7 +20,7 @@ def as_integer(bits: list[bool]) -> bytes:
 
 
 @given(
-    leading=st.lists(st.integers(0, 4), max_size=3),
+    leading=st.lists(st.integers(1, 4), max_size=3),
     width=st.one_of(st.sampled_from(WIDTHS), st.integers(1, 200)),
     seed=st.integers(0, 2**31),
 )
@@ -33,6 +33,12 @@ def test_any_shape_packs_and_unpacks(leading: list[int], width: int, seed: int) 
     assert torch.equal(unpack_bits(packed, width), bits)
     assert torch.equal(unpack_signs(packed, width), as_signs(bits))
     assert torch.equal(unpack_floats(packed, width, 0.0, 1.0), bits.float())
+
+
+def test_no_rows() -> None:
+    packed = pack_bits(random_bits(0, 40))
+    assert packed.shape == (0, 8)
+    assert unpack_bits(packed, 40).shape == unpack_signs(packed, 40).shape == (0, 40)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

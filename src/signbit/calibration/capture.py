@@ -147,10 +147,13 @@ class HessianCapture:
                 handle.remove()
 
     def by_input(self) -> list[list[str]]:
-        """Linears that share an input together, those that saw none alone."""
+        """Linears that share an input together, the one whose name its Hessian has first; those that saw none alone."""
         groups: dict[str, list[str]] = {}
         for name in self._linears:
-            groups.setdefault(self.leader.get(name, name), []).append(name)
+            leader = self.leader.get(name, name)
+            group = groups.setdefault(leader, [leader])
+            if name != leader:
+                group.append(name)
         return list(groups.values())
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -40,4 +40,7 @@ def parse_spec(name: str, description: dict[str, Any]) -> tuple[type[Layout], La
             f"{name}: unknown layout {kind!r} (known: {', '.join(LAYOUTS)}): upgrade signbit to read this checkpoint"
         )
     layout = LAYOUTS[kind]
-    return layout, layout.Spec.from_dict(fields)
+    try:
+        return layout, layout.Spec.from_dict(fields)
+    except (TypeError, KeyError, ValueError, ZeroDivisionError) as error:
+        raise SignbitError(f"{name}: damaged layout description {fields!r} in config.json: {error}") from error

@@ -50,11 +50,9 @@ class LayoutSpec:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LayoutSpec:
-        try:
-            spec = cls(**{**fields, "shape": tuple(fields["shape"])})
-            spec.tensors()
-        except (TypeError, KeyError, ValueError, ZeroDivisionError) as error:
-            raise SignbitError(f"damaged layout description {fields!r}: {error}") from error
+        """The inverse of :meth:`to_dict`; TypeError, KeyError or ValueError for what cannot be one."""
+        spec = cls(**{**fields, "shape": tuple(fields["shape"])})
+        spec.tensors()
         return spec
 
 
@@ -83,7 +81,10 @@ class Layout(nn.Module):
                         f"got {tensor.dtype} {tuple(tensor.shape)}"
                     )
                 if not all_finite(tensor):
-                    raise SignbitError(f"{name} do not fit {tensor.dtype}: use scale_dtype=bfloat16")
+                    advice = (
+                        "use scale_dtype=bfloat16" if tensor.dtype == torch.float16 else "its weights are too large"
+                    )
+                    raise SignbitError(f"{name} do not fit {tensor.dtype}: {advice}")
             self.register_buffer(name, tensor)
 
     @property

@@ -29,9 +29,10 @@ def pack_bits(bits: Tensor) -> Tensor:
     """Pack booleans ``[..., m]`` into uint8 ``[..., packed_width(m)]``."""
     if bits.dtype != torch.bool:
         raise TypeError(f"pack_bits takes booleans, got {bits.dtype}")
-    padding = packed_width(bits.shape[-1]) * 8 - bits.shape[-1]
-    words = torch.nn.functional.pad(bits, (0, padding)).contiguous().view(torch.int64)
-    return ((words * _GATHER) >> 56).to(torch.uint8)
+    width = packed_width(bits.shape[-1])
+    # Flat, because only then does a view as words not depend on strides.
+    words = torch.nn.functional.pad(bits, (0, width * 8 - bits.shape[-1])).reshape(-1).view(torch.int64)
+    return ((words * _GATHER) >> 56).to(torch.uint8).view(*bits.shape[:-1], width)
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
