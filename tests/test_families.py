@@ -84,8 +84,9 @@ def test_every_linear_of_every_block_is_quantized(family: str, packed_dir: MakeD
     assert config_of(packed)["quantization_config"]["layers"].keys() == linears
     report = json.loads((packed / "signbit_report.json").read_text())
     assert {layer["name"] for layer in report["layers"]} == linears
-    # 384 random tokens reach everything, and give Hessians that need no help.
-    assert [layer["notes"] for layer in report["layers"]] == [[]] * len(linears)
+    # 384 random tokens reach everything, and give Hessians that need no help; a ReLU may be off on all of them.
+    notes = [note for layer in report["layers"] for note in layer["notes"]]
+    assert all("always zero" in note and family.startswith("opt") for note in notes)
 
 
 @pytest.mark.parametrize(("family", "codec"), FAMILIES_AND_CODECS)

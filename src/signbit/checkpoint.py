@@ -162,7 +162,10 @@ def publish(journal: Journal, out: Path) -> None:
     of the two is at ``out`` or a resumed run puts it there.
     """
     if out.exists():
-        out.rename(journal.directory / "replaced")
+        replaced = journal.directory / "replaced"
+        if replaced.exists():  # by a run that was stopped when it had only this left to do
+            shutil.rmtree(replaced)
+        out.rename(replaced)
     journal.staging.rename(out)
     journal.discard()
 

@@ -13,6 +13,8 @@ from rich.table import Table
 from signbit.report.quantization import QuantizationReport
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 160  # a log has no edge to cut names at
 
 
 class ConsoleProgress:

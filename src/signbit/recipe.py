@@ -11,16 +11,21 @@ import difflib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from signbit.errors import SignbitError
 from signbit.methods import METHODS, Method, MethodOptions
 
 Options = TypeVar("Options", bound=BaseModel)
 RowCodec = Literal["keep", "int8", "int4"]
+
+
+def _as_tuple(value: Any) -> Any:
+    """One pattern may be given without a list around it."""
+    return (value,) if isinstance(value, str) else value
 
 
 class CommonOptions(BaseModel):
@@ -37,7 +42,9 @@ class CommonOptions(BaseModel):
     seqlen: int = Field(2048, ge=2, description="tokens in a calibration sequence")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
     damping: float = Field(0.01, ge=0, le=10, description="added to the Hessian, as a fraction of its mean diagonal")
-    skip: tuple[str, ...] = Field((), description="shell patterns of modules to leave unquantized, as '*.down_proj'")
+    skip: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
+        (), description="shell patterns of modules to leave unquantized, as '*.down_proj'"
+    )
     embeddings: RowCodec = Field("keep", description="input embeddings: as they are, or integers with a scale a row")
     head: RowCodec = Field("keep", description="output head; a head tied to the embeddings is stored as they are")
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
@@ -100,7 +107,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         try:
             overrides[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise SignbitError(f"--set {pair!r}: the value is not valid YAML") from error
+            raise SignbitError(f"--set {pair!r}: the value is not valid YAML, quote it") from error
     return overrides
 
 

@@ -62,6 +62,8 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             if length > min(size - 8, _MAX_HEADER):
                 raise SignbitError(f"{file} is truncated or not a safetensors file")
             header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise SignbitError(f"{file} is not a safetensors file: its header is no mapping")
         metadata = header.pop("__metadata__", {})
         tensors = {name: _parse(name, entry, file, 8 + length, size) for name, entry in header.items()}
     except FileNotFoundError as error:
@@ -73,10 +75,14 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 def _parse(name: str, entry: Any, file: Path, start: int, size: int) -> StoredTensor:
     try:
-        dtype, shape = DTYPES[entry["dtype"]], tuple(int(length) for length in entry["shape"])
-        begin, end = entry["data_offsets"]
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not all(isinstance(number, int) for number in (*shape, begin, end)):
+            raise TypeError
     except (KeyError, TypeError, ValueError) as error:
         raise SignbitError(f"{file}: the entry of {name} is damaged") from error
+    if code not in CODES.values():
+        raise SignbitError(f"{file}: {name} has dtype {code}, which signbit does not read")
+    dtype = DTYPES[code]
     if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise SignbitError(f"{file}: {name} has {end - begin} bytes, which do not make {dtype} {list(shape)}")
     if start + end > size:
@@ -90,7 +96,7 @@ def files_of(directory: Path) -> list[Path]:
         try:
             weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
             files = sorted({directory / str(name) for name in weight_map.values()})
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise SignbitError(f"{directory / INDEX} is not a valid shard index") from error
         for file in files:
             if file.parent != directory or not file.is_file():

@@ -36,7 +36,7 @@ def read_text(source: str, split: str) -> str:
 
 def _read_file(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise SignbitError(f"{path} does not exist") from error
     except UnicodeDecodeError as error:
@@ -46,7 +46,8 @@ def _read_file(path: Path) -> str:
     if path.suffix != ".jsonl":
         return text
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(): JSON strings may hold separators that it cuts at.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -66,6 +67,8 @@ def _load_dataset(name: str, *args: str, **options: Any) -> Any:
 
     try:
         return load_dataset(*args, **options)
+    except TypeError:
+        raise  # a mistake of ours, not of the network
     except Exception as error:
         # The library raises anything from OSError to its own and httpx's errors when it cannot reach the hub.
         reason = str(error).strip().splitlines() or [type(error).__name__]

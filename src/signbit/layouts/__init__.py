@@ -35,7 +35,7 @@ def parse_spec(name: str, description: dict[str, Any]) -> tuple[type[Layout], La
     """The inverse of :func:`describe`; ``name`` is the module, for the error."""
     fields = dict(description)
     kind = fields.pop("layout", None)
-    if kind not in LAYOUTS:
+    if not isinstance(kind, str) or kind not in LAYOUTS:
         raise SignbitError(
             f"{name}: unknown layout {kind!r} (known: {', '.join(LAYOUTS)}): upgrade signbit to read this checkpoint"
         )

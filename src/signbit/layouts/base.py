@@ -30,6 +30,10 @@ class TensorSpec:
     dtype: torch.dtype
     item: str
 
+    def __post_init__(self) -> None:
+        if not all(_is_count(length) for length in self.shape):
+            raise ValueError(f"{list(self.shape)} is not the shape of a tensor")
+
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
@@ -40,6 +44,10 @@ class LayoutSpec:
     """Base of every layout's spec. ``shape`` is (out features, in features) of the matrix that is replaced."""
 
     shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 2 or not all(_is_count(length) for length in self.shape):
+            raise ValueError(f"{list(self.shape)} is not the shape of a matrix")
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Name -> stored tensor. The order is the order of the layout's buffers."""
@@ -81,9 +89,8 @@ class Layout(nn.Module):
                         f"got {tensor.dtype} {tuple(tensor.shape)}"
                     )
                 if not all_finite(tensor):
-                    advice = (
-                        "use scale_dtype=bfloat16" if tensor.dtype == torch.float16 else "its weights are too large"
-                    )
+                    half = tensor.dtype == torch.float16
+                    advice = "use scale_dtype=bfloat16" if half else "the weights are too large"
                     raise SignbitError(f"{name} do not fit {tensor.dtype}: {advice}")
             self.register_buffer(name, tensor)
 
@@ -129,6 +136,10 @@ def count_items(spec: LayoutSpec) -> dict[str, int]:
     return items
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def scale_dtype(name: str) -> torch.dtype:
     """The dtype that scales are stored in; ValueError for a name that is not one."""
     if name not in SCALE_DTYPES:
@@ -138,6 +149,8 @@ def scale_dtype(name: str) -> torch.dtype:
 
 def group_count(columns: int, group_size: int) -> int:
     """Groups of ``group_size`` columns in a row; 0 stands for one group, the whole row. The last may be narrower."""
+    if not _is_count(group_size):
+        raise ValueError(f"group_size {group_size!r} is not a number of columns")
     return 1 if group_size == 0 else math.ceil(columns / group_size)
 
 

@@ -46,7 +46,7 @@ def unpack_floats(packed: Tensor, count: int, zero: float, one: float) -> Tensor
     bits = (torch.arange(256, device=packed.device).unsqueeze(1) >> torch.arange(8, device=packed.device)) & 1
     table = zero + (one - zero) * bits.float()
     rows = table.index_select(0, packed.flatten().int())
-    return rows.view(*packed.shape[:-1], -1)[..., :count]
+    return rows.view(*packed.shape[:-1], packed.shape[-1] * 8)[..., :count]
 
 
 def unpack_signs(packed: Tensor, count: int) -> Tensor:

@@ -47,8 +47,8 @@ class IntegerRows(Layout):
         weight = weight.float()
         limit = 2 ** (bits - 1) - 1
         scales = (weight.abs().amax(dim=1) / limit).to(scale_dtype(scale_dtype_name))
-        # Rows of zeros (and rows too small for the scale's dtype) get scale 0 and codes 0.
-        divisor = scales.float().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+        # Rows of zeros, and rows too small for the scale's dtype, get scale 0 and codes 0.
+        divisor = torch.where(scales == 0, torch.inf, scales.float()).unsqueeze(1)
         codes = (weight / divisor).round().clamp(-limit, limit).to(torch.int8)
         if bits == 4:
             codes = torch.nn.functional.pad(codes, (0, weight.shape[1] % 2)).view(torch.uint8) & 0xF

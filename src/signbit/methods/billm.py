@@ -88,9 +88,13 @@ class SplitCode:
         if self.salient[column]:
             if self.salient_mean is not None:
                 deviation = deviation - self.salient_mean.float().unsqueeze(1)
-            self.negative[:, at] = deviation < 0
-            first = self.salient_scales[:, :1].float()
-            self.second[:, at] = deviation - first * as_signs(deviation < 0) < 0
+            # Taking the larger scale's sign first makes the greedy choice the nearest of the four values.
+            first, second = _pair(self.salient_scales)
+            swapped = second > first
+            larger = deviation < 0
+            smaller = deviation - torch.maximum(first, second) * as_signs(larger) < 0
+            self.negative[:, at] = torch.where(swapped, smaller, larger)
+            self.second[:, at] = torch.where(swapped, larger, smaller)
             return self._salient(at).squeeze(1)
         if self.means is not None:
             deviation = deviation - select(self.second[:, at].float(), _pair(self.means))
