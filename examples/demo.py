@@ -24,7 +24,7 @@ from signbit.inference import generate
 PROMPT = "The capital of France is"
 # Rough seconds of each step on two cores, to say how much is left.
 STEPS = {
-    "quantize the model with BiLLM, calibrated on 32 sequences of 256 tokens that it writes itself": 150,
+    "quantize the model with BiLLM, calibrated on 16 sequences of 256 tokens that it writes itself": 150,
     "evaluate the packed model against the original": 110,
     "let both continue a prompt": 60,
 }
@@ -59,7 +59,7 @@ def main() -> None:
         english.write_text("\n\n".join(topics[key] for key in sorted(topics)), encoding="utf-8")
 
         steps.begin()
-        recipe = signbit.Recipe.load("billm", {"calib": "self", "samples": 32, "seqlen": 256, "embeddings": "int8"})
+        recipe = signbit.Recipe.load("billm", {"calib": "self", "samples": 16, "seqlen": 256, "embeddings": "int8"})
         report = signbit.quantize("demo", out, recipe, progress=progress)
         console.print(quantization_table(report))
         console.print(seconds_table(report.seconds))

@@ -96,10 +96,14 @@ def _embedding_bytes(stored: dict[str, StoredTensor], report: QuantizationReport
 def _original(model: str) -> dict[str, Any]:
     source = open_source(model)
     try:
-        model, size = source.skeleton, source.dtype.itemsize
-        sizes = {key: p.numel() * size for key, p in model.named_parameters() if key not in model.all_tied_weights_keys}
-        names = {id(module): name for name, module in model.named_modules()}
-        outer = {f"{names.get(id(m))}.weight" for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+        skeleton, size = source.skeleton, source.dtype.itemsize
+        sizes = {
+            key: p.numel() * size for key, p in skeleton.named_parameters() if key not in skeleton.all_tied_weights_keys
+        }
+        names = {id(module): name for name, module in skeleton.named_modules()}
+        outer = {
+            f"{names.get(id(m))}.weight" for m in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+        }
         total, embeddings = sum(sizes.values()), sum(nbytes for key, nbytes in sizes.items() if key in outer)
     finally:
         source.close()
