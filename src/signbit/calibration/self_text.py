@@ -21,10 +21,8 @@ def write_tokens(model: PreTrainedModel, samples: int, seqlen: int, seed: int, p
     """``samples`` sequences of ``seqlen`` tokens, [samples, seqlen], on the CPU; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     device = model.device
-    special: set[int] = set()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        ids = getattr(model.config, name, None)
-        special |= set(ids) if isinstance(ids, list | tuple) else {ids}
+    named = (getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
+    special = {i for ids in named for i in (ids if isinstance(ids, list | tuple) else [ids])}
     vocabulary = torch.tensor([i for i in range(model.config.get_text_config().vocab_size) if i not in special])
     first = vocabulary[torch.randint(len(vocabulary), (samples, 1), generator=generator)]
     columns, cache = [first], None
