@@ -125,11 +125,12 @@ def quantize_group(weight: Tensor, diagonal: Tensor, options: BiLLMOptions) -> S
     with phase("search"):
         salient = _salient_columns(weight, scores, options)
         released = options.split_search == "salience"
-        key = (scores if released else weight.abs())[:, ~salient]
+        key = scores if released else weight.abs()
         sparse = torch.zeros_like(weight, dtype=torch.bool)
-        if key.numel():
-            threshold = search_threshold(key, options.split_candidates, options.split_grid, mean=released)
-            sparse[:, ~salient] = key > threshold
+        if not salient.all():
+            ordinary = key[:, ~salient]
+            threshold = search_threshold(ordinary, options.split_candidates, options.split_grid, mean=released)
+            sparse = (key > threshold) & ~salient
     with phase("fit"):
         mean, dtype = options.mean, options.storage
         parts = [binarize(weight, part & ~salient, mean, dtype) for part in (~sparse, sparse)]

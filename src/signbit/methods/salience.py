@@ -43,8 +43,9 @@ def search_column_count(magnitudes: Tensor, limit: int, *, residual_rest: bool) 
     if limit == 0:
         return 0
     counts = torch.arange(1, limit + 1, device=columns.device).unsqueeze(1)
-    sums = columns.cumsum(0)
-    leading, rest = sums[:limit], sums[-1] - sums[:limit]
+    sums = magnitudes.cumsum(1)
+    leading = sums[:, :limit].T.contiguous()
+    rest = sums[:, -1] - leading
     center = leading / counts
     residual = 2 * (_leading_maxima(columns, center) - leading)
     gains = (leading.square() + residual.square()) / counts

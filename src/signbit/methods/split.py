@@ -44,7 +44,9 @@ def split_gains(magnitudes: Tensor, thresholds: Tensor, mean: bool) -> Tensor:
     cut = torch.searchsorted(rows, thresholds.expand(n, -1).contiguous(), right=True)
     low = sums.gather(1, cut)
     high = sums[:, -1:] - low
-    low_count, high_count = cut.clamp(min=1).float(), (k - cut).clamp(min=1).float()
+    low_count = cut.to(rows.dtype)
+    high_count = (k - low_count).clamp_(min=1)
+    low_count.clamp_(min=1)
     gain = low.square() / low_count + high.square() / high_count
     if mean:
         start, stop = torch.zeros_like(cut), torch.full_like(cut, k)
