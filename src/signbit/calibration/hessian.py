@@ -46,8 +46,8 @@ class HessianAccumulator:
 
     def hessian(self) -> Tensor:
         """H ``[in, in]``, exactly symmetric; zeros if no token was ever seen."""
-        lower = self._lower * (2.0 / max(self.tokens, 1))
-        return torch.tril(lower) + torch.tril(lower, -1).T
+        hessian = torch.tril(self._lower).mul_(2.0 / max(self.tokens, 1))
+        return hessian.add_(torch.tril(hessian, -1).T)
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,17 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
     Inputs that were zero on all calibration data say nothing about their columns: they get a diagonal of 1, and the
     caller sets their weights to zero.
     """
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    mean = float(diagonal.mean())
-    diagonal[dead] = 1.0
-    mean = mean if mean > 0 else 1.0
-    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    dead = hessian.diagonal() == 0
+    backward = hessian.flip(0, 1)  # a copy: columns in reverse order
+    diagonal = torch.where(dead, 1.0, hessian.diagonal()).flip(0)
+    mean = float(hessian.diagonal().mean()) or 1.0
     while damping <= MAX_DAMPING:
-        damped = hessian + (damping * mean) * eye
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        backward.diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(backward)
         if not failed and all_finite(lower):
-            root = lower.flip(0, 1).contiguous()
+            root = lower.flip(0, 1)
+            del backward, lower
+            eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
             upper = torch.linalg.solve_triangular(root, eye, upper=True)
             return Factor(upper=upper, inverse=root, dead=dead, damping=damping)
         damping = damping * 10 if damping > 0 else 1e-4
