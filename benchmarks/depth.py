@@ -4,7 +4,7 @@
 
 Writes random Llama-shaped models (bfloat16, sharded) to disk, quantizes each in a process of its own and prints its
 weights, peak resident memory, and seconds per billion weights; the last column is the peak's ratio to the first row's.
-The default models have 1.0 and 2.1 billion weights to quantize.
+The default models have 1.0 and 2.1 billion weights to quantize. RECIPE is a preset or a YAML file.
 """
 
 from __future__ import annotations

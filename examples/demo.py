@@ -43,7 +43,7 @@ class Steps:
         name = next(iter(self._left))
         left = sum(self._left.values())
         del self._left[name]
-        console.print(f"\n[bold]Step {self._number} of {len(STEPS)}[/bold]: {name} (about {left / 60:.0f} min left)")
+        console.print(f"\nStep {self._number} of {len(STEPS)}: {name} (about {left / 60:.0f} min left)", style="bold")
 
     def end(self) -> None:
         console.print(f"\nDone in {time.monotonic() - self._started:.0f} s.")
@@ -80,7 +80,7 @@ def main() -> None:
         steps.begin()
         for title, model, tokens in (("original", "demo", 24), ("packed", str(out), 24)):
             text = generate(model, PROMPT, max_tokens=tokens)
-            console.print(f"{title}: {PROMPT}[italic]{text}[/italic]")
+            console.print(f"{title}: {PROMPT}{text}")
         if len(sys.argv) > 1:
             console.print(f"\nThe checkpoint is in {out}: signbit inspect {out}")
         steps.end()

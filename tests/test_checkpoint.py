@@ -183,7 +183,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "not safetensors": (lambda path: (path / "model.safetensors").write_bytes(b"rubbish" * 9), ["model.safetensors"]),
     "newer format": (lambda path: reconfigure(path, lambda q: q.update(format_version=2)), ["version 2", "reads 1"]),
     "no format version": (lambda path: reconfigure(path, lambda q: q.pop("format_version")), ["version None"]),
-    "no layers": (lambda path: reconfigure(path, lambda q: q.pop("layers")), ["no layers"]),
+    "no layers": (lambda path: reconfigure(path, lambda q: q.pop("layers")), ["layers"]),
     "unknown layout": (layer(layout="sign_tensors"), [LAYER, "sign_tensors", "split_planes"]),
     "layout description lacks a field": (
         lambda path: reconfigure(path, lambda q: q["layers"][LAYER].pop("group_size")),
@@ -195,7 +195,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         lambda path: reconfigure(path, lambda q: q["layers"].update({LAYER: 7})),
         [LAYER],
     ),
-    "shape in config.json": (layer(shape=[100, 64]), [SIGNS]),
+    "shape in config.json": (layer(shape=[100, 40]), [LAYER]),
     "shape of three dimensions": (layer(shape=[100, 72, 1]), [LAYER]),
     "negative shape": (layer(shape=[-100, 72]), [LAYER]),
     "unknown scale dtype": (layer(scale_dtype="float8"), [LAYER, "float8"]),

@@ -388,18 +388,52 @@ def test_resuming_with_another_model_is_refused(stopped: tuple[Path, Path], text
         signbit.quantize(str(other), out, recipe(text_file), device="cpu", resume=True)
 
 
-def test_calibration_text_that_changed_does_not_change_a_resumed_run(
-    stopped: tuple[Path, Path], packed_dir: MakeDir, text_file: Path
-) -> None:
-    """The journal has the tokens."""
+def test_resuming_with_a_text_that_changed_is_refused(stopped: tuple[Path, Path], text_file: Path) -> None:
     model, out = stopped
     text = text_file.read_text(encoding="utf-8")
     text_file.write_text("other " * 4000, encoding="utf-8")
     try:
-        signbit.quantize(str(model), out, recipe(text_file), device="cpu", resume=True)
+        with pytest.raises(SignbitError, match="was begun with text="):
+            signbit.quantize(str(model), out, recipe(text_file), device="cpu", resume=True)
     finally:
         text_file.write_text(text, encoding="utf-8")
-    assert contents(out) == contents(packed_dir("llama"))
+
+
+def test_foreign_files_are_never_touched(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    """Neither where the journal would be, nor inside the model that is read, nor in an output that is no checkpoint."""
+    thesis = tmp_path / "out.partial" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("x")
+    with pytest.raises(SignbitError, match="holds something else"):
+        signbit.quantize(tiny_dir("llama"), tmp_path / "out", recipe(text_file), overwrite=True)
+    assert thesis.read_text() == "x"
+    model = shutil.copytree(tiny_dir("llama"), tmp_path / "there" / "original")
+    before = contents(model)
+    with pytest.raises(SignbitError, match="the model lies in"):
+        signbit.quantize(model, tmp_path / "there", recipe(text_file), overwrite=True)
+    assert contents(model) == before
+
+
+def test_two_runs_on_one_output_exclude_each_other(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Journal(out).locked(), pytest.raises(SignbitError, match="another run is writing"):
+        signbit.quantize(tiny_dir("llama"), out, recipe(text_file))
+    assert not out.exists()
+
+
+def test_scales_too_small_for_their_dtype_are_refused(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_dir("llama"), tmp_path / "model")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    save_file({k: v * 1e-9 if "proj" in k else v for k, v in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(SignbitError, match=r"q_proj: scales are too small.*bfloat16"):
+        signbit.quantize(model, tmp_path / "out", recipe(text_file))
+    signbit.quantize(model, tmp_path / "out", recipe(text_file, scale_dtype="bfloat16"))
+
+
+def test_a_skip_pattern_that_matches_nothing_is_refused(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(SignbitError, match=r"matches no linear layer, such as model\.layers\.0"):
+        signbit.quantize(tiny_dir("llama"), tmp_path / "out", recipe(text_file, skip="*.qproj"))
 
 
 def test_a_damaged_journal_is_refused(stopped: tuple[Path, Path], text_file: Path) -> None:

@@ -51,6 +51,7 @@ def test_overrides_replace_keys_of_common_and_method_options() -> None:
     assert (recipe.common.seed, recipe.options.group_size) == (7, 64)
     assert recipe.common.skip == ("*.down_proj",)
     assert recipe.to_dict()["skip"] == ["*.down_proj"]
+    assert Recipe.load("billm", {"skip": "*.down_proj"}).common.skip == ("*.down_proj",)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,6 @@ def test_a_method_that_is_no_name() -> None:
         ("damping", -0.1),
         ("damping", 11),
         ("damping", float("nan")),
-        ("skip", "*.down_proj"),
         ("embeddings", "int3"),
         ("head", 8),
         ("dtype", "float8"),

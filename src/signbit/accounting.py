@@ -65,7 +65,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
         layers.append(layer)
     quantized = sum(layer["bytes"] for layer in layers)
     total = sum(tensor.nbytes for tensor in stored.values())
-    embeddings = row_bytes + _embedding_bytes(stored, report)
+    outer = {f"{name}.weight" for name in quantization["outer_modules"]}
+    embeddings = row_bytes + sum(tensor.nbytes for name, tensor in stored.items() if name in outer)
     return {
         "model": str(model),
         "method": quantization["method"],
@@ -85,12 +86,6 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "layers": layers,
         "unquantized": report.unquantized if report else {},
     }
-
-
-def _embedding_bytes(stored: dict[str, StoredTensor], report: QuantizationReport | None) -> int:
-    """Bytes of embeddings and heads that are stored as they were."""
-    reasons = report.unquantized if report else {}
-    return sum(tensor.nbytes for name, tensor in stored.items() if reasons.get(name) in ("embedding", "output head"))
 
 
 def _original(model: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ the reason.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -101,9 +100,7 @@ class UnfusedExperts(nn.ModuleList):
                 setattr(self, key, value)
         if "act_fn" in fused._modules:
             self.add_module("act_fn", fused.act_fn)
-        apply_gate = getattr(type(fused), "_apply_gate", None)
-        if apply_gate is not None:
-            self._apply_gate = types.MethodType(apply_gate, self)
+        self._fused_class = type(fused)
         self.up_name = "gate_up_proj" if hasattr(fused, "gate_up_proj") else "up_proj"
         up, down = getattr(fused, self.up_name), fused.down_proj
         transposed = bool(getattr(fused, "is_transposed", False))
@@ -125,6 +122,10 @@ class UnfusedExperts(nn.ModuleList):
 
     def __len__(self) -> int:
         return self.count
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gated: Tensor = self._fused_class._apply_gate(self, gate_up)
+        return gated
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum over the experts of each token; hidden [tokens, width], index and weights [tokens, k]."""

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from signbit.errors import SignbitError
 from signbit.journal import Journal, block_name
-from signbit.layouts import parse_spec
+from signbit.layouts import Layout, parse_spec
 from signbit.recipe import Recipe
 from signbit.report.quantization import FILE as REPORT_FILE
 from signbit.report.quantization import QuantizationReport
@@ -32,7 +32,7 @@ from signbit.source import Source, first_line, load_tokenizer, read_config, reso
 METHOD_NAME = "signbit"
 FORMAT_VERSION = 1
 # Keys of quantization_config that are not the recipe's.
-_OWN_KEYS = ("quant_method", "format_version", "layers")
+_OWN_KEYS = ("quant_method", "format_version", "outer_modules", "layers")
 STUB_FILE = "modeling_signbit"
 _STUB = """import signbit  # noqa: F401  (teaches transformers to load packed weights)
 from transformers import {name}  # noqa: F401
@@ -43,6 +43,11 @@ def check_target(out: Path, journal: Journal, *, resume: bool, overwrite: bool) 
     """Refuse to write where that would lose something."""
     if not out.parent.is_dir():
         raise SignbitError(f"{out.parent} does not exist: create it first")
+    if journal.is_foreign:
+        raise SignbitError(f"{journal.directory} is needed for unfinished work, but holds something else: move it away")
+    if not out.exists() and not resume and (journal.directory / "replaced").exists():
+        # The run that was to replace it was stopped between two renames.
+        (journal.directory / "replaced").rename(out)
     if out.exists() and not (overwrite or resume):
         raise SignbitError(f"{out} already exists: choose another directory, or replace it with --overwrite")
     if out.exists() and overwrite and not _is_ours(out):
@@ -58,6 +63,8 @@ def _is_ours(out: Path) -> bool:
         return False
     if not any(out.iterdir()):
         return True
+    if any(path.is_dir() for path in out.iterdir()):
+        return False
     return (out / "config.json").is_file() and is_checkpoint(out)
 
 
@@ -82,8 +89,9 @@ def check_version(quantization: dict[str, Any], where: str | Path) -> None:
         raise SignbitError(
             f"{where} has format version {version!r}, this signbit reads {FORMAT_VERSION}: install one that fits it"
         )
-    if not isinstance(quantization.get("layers"), dict):
-        raise SignbitError(f"{where}: quantization_config has no layers")
+    for key, kind in (("method", str), ("outer_modules", list), ("layers", dict)):
+        if not isinstance(quantization.get(key), kind):
+            raise SignbitError(f"{where}: quantization_config lacks a valid {key!r}")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -100,7 +108,9 @@ def assemble(
     journal: Journal,
     report: QuantizationReport,
     outer_specs: dict[str, dict[str, Any]],
+    outer_modules: list[str],
     storage: torch.dtype,
+    blocks: int,
 ) -> None:
     """Build the checkpoint from a finished journal in its staging directory."""
     staging = journal.staging
@@ -110,11 +120,9 @@ def assemble(
     names = ["outer-embeddings", "outer-head", "outer-rest"]
     stored = [tensor for name in names if journal.has(name) for tensor in journal.stored(name)]
     layers = dict(outer_specs)
-    index = 0
-    while journal.has(block_name(index)):
+    for index in range(blocks):
         layers |= journal.read_block(index, tensors=False).layers
         stored += journal.stored(block_name(index))
-        index += 1
     _write_weights(staging, stored)
     source.tokenizer.save_pretrained(staging)
     if source.skeleton.can_generate() and source.skeleton.generation_config is not None:
@@ -126,6 +134,7 @@ def assemble(
         "quant_method": METHOD_NAME,
         "format_version": FORMAT_VERSION,
         **recipe.to_dict(),
+        "outer_modules": outer_modules,
         "layers": layers,
     }
     if getattr(config, "auto_map", None) is None:
@@ -202,6 +211,13 @@ def check_tensors(path: Path, quantization: dict[str, Any]) -> dict[str, StoredT
     return stored
 
 
+def check_layouts(model: PreTrainedModel) -> None:
+    """Refuse packed tensors whose content contradicts their layout."""
+    for name, module in model.named_modules():
+        if isinstance(module, Layout) and module.device.type != "meta":
+            module.check(name)
+
+
 def load(
     path: str | Path,
     *,
@@ -211,7 +227,8 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a checkpoint: (model, tokenizer). No dense weight is ever built.
 
-    dtype: what activations are computed in; by default float32 on CPUs and the stored dtype on GPUs. Every tensor's
+    dtype: what activations are computed in; by default float32 on CPUs and the stored dtype on GPUs. What is not
+    quantized is brought to it: to write a checkpoint back as it was, load it with ``dtype="auto"``. Every tensor's
     name, dtype and shape is checked first, and that every one was used afterwards.
     """
     directory = resolve(str(path))
@@ -228,7 +245,10 @@ def load(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
-    except (ValueError, RuntimeError, KeyError) as error:
+    except SignbitError:
+        raise
+    except Exception as error:
+        # Whatever a config.json that makes no sense may lead model code to.
         raise SignbitError(f"{path} cannot be loaded: {first_line(error)}") from error
     unused = sorted(info["unexpected_keys"])
     missing = sorted(info["missing_keys"])
@@ -239,4 +259,5 @@ def load(
     left = [name for name in stored if ".packed." in name and name not in used]
     if left:
         raise SignbitError(f"{path}: the packed tensor {left[0]} was not used by {type(model).__name__}")
+    check_layouts(model)
     return model.eval(), load_tokenizer(str(path), directory, trust_remote_code=trust_remote_code)

@@ -97,6 +97,8 @@ def quantize_command(
 @_json
 def eval_command(model: str, perplexity: tuple[str, ...], json_file: str | None, **options: Any) -> None:
     """Perplexity of MODEL, and its divergence from the original."""
+    if json_file is not None and not Path(json_file).parent.is_dir():
+        raise SignbitError(f"{json_file} cannot be written: {Path(json_file).parent} does not exist")
     result = evaluate(model, perplexity=perplexity or ("wikitext2",), progress=console.ConsoleProgress(), **options)
     for source, value in result["perplexity"].items():
         line = f"perplexity on {source}: {value:,.4g} ({result['tokens'][source]:,} tokens)"
@@ -126,7 +128,7 @@ def inspect_command(model: str, json_file: str | None) -> None:
 @click.argument("prompt")
 @click.option("--max-tokens", type=int, default=64, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @_device
 @_trust
 def generate_command(model: str, prompt: str, **options: Any) -> None:
@@ -151,11 +153,9 @@ def methods_command(json_file: str | None) -> None:
     ]
     common = _describe_options(CommonOptions)
     for method in METHODS.values():
-        console.console.print(
-            f"[bold]{method.name}[/bold]  {method.summary}\n  {method.paper}; layout {method.layout.kind}"
-        )
+        console.console.print(f"{method.name}: {method.summary}\n  {method.paper}; layout {method.layout.kind}")
         _print_options(_describe_options(method.options))
-    console.console.print("[bold]every recipe[/bold]")
+    console.console.print("every recipe", style="bold")
     _print_options(common)
     console.console.print(f"presets: {', '.join(presets())}")
     _write_json({"methods": described, "common_options": common, "presets": presets()}, json_file)
@@ -170,7 +170,7 @@ def _describe_options(model: Any) -> dict[str, dict[str, Any]]:
 
 def _print_options(options: dict[str, dict[str, Any]]) -> None:
     for name, option in options.items():
-        console.console.print(f"    {name}={option['default']}  {option['description']}", markup=False)
+        console.console.print(f"    {name}={option['default']}  {option['description']}")
 
 
 def _write_json(result: dict[str, Any], file: str | None) -> None:
@@ -180,8 +180,12 @@ def _write_json(result: dict[str, Any], file: str | None) -> None:
     if file == "-":
         click.echo(text, nl=False)
         return
+    path = Path(file)
     try:
-        write_text(Path(file), text)
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")  # a pipe or device is written to, never replaced
+        else:
+            write_text(path.resolve(), text)
     except OSError as error:
         raise SignbitError(f"{file} cannot be written: {error.strerror}") from error
 

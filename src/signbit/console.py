@@ -12,7 +12,7 @@ from rich.table import Table
 
 from signbit.report.quantization import QuantizationReport
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 if not console.is_terminal:
     console.width = 160  # a log has no edge to cut names at
 
@@ -26,7 +26,7 @@ class ConsoleProgress:
             yield _Lines(description, total)
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

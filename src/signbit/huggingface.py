@@ -19,7 +19,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from signbit import checkpoint
-from signbit.architectures import replace_module, unfuse_experts
+from signbit.architectures import dense_shape, replace_module, unfuse_experts
 from signbit.errors import SignbitError
 from signbit.layouts import IntegerRows, parse_spec
 from signbit.modules import QuantizedLinear, TiedHead, quantized_embedding
@@ -34,6 +34,7 @@ class SignbitConfig(QuantizationConfigMixin):
         fields.pop("quant_method", None)
         self.quant_method = checkpoint.METHOD_NAME
         self.format_version = fields.pop("format_version", None)
+        self.outer_modules = fields.pop("outer_modules", None)
         self.recipe_fields = {key: value for key, value in fields.items() if key != "layers"}
         self.layers = fields.get("layers", {})
 
@@ -43,6 +44,7 @@ class SignbitConfig(QuantizationConfigMixin):
             "quant_method": self.quant_method,
             "format_version": self.format_version,
             **self.recipe_fields,
+            "outer_modules": self.outer_modules,
             "layers": self.layers,
         }
 
@@ -78,6 +80,9 @@ class SignbitQuantizer(HfQuantizer):
                     f"config.json describes {name}, which {type(model).__name__} does not have"
                 ) from error
             layout, spec = parse_spec(name, description)
+            shape = tuple(module.weight.shape) if module is embeddings else dense_shape(module)
+            if shape != spec.shape:
+                raise SignbitError(f"{name} is {list(shape)}, but its layout in config.json is {list(spec.shape)}")
             if module is embeddings:
                 packed = layout(spec, device="meta")
                 if not isinstance(packed, IntegerRows):
@@ -99,6 +104,7 @@ class SignbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # Tensors are saved again under the module tree's names, not under those of a dense checkpoint.
         model._weight_conversions = []
+        checkpoint.check_layouts(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -137,7 +143,11 @@ def _check_files(model: PreTrainedModel, files: list[str]) -> None:
     transformers itself would make up what is missing and, depending on its version, what has another shape.
     """
     stored = {name: tensor for file in files for name, tensor in read_header(Path(file))[0].items()}
-    for name, expected in model.state_dict().items():
+    wanted = model.state_dict()
+    for name, tensor in stored.items():
+        if ".packed." in name and name not in wanted:
+            raise SignbitError(f"{tensor.file}: {name} belongs to no layer of config.json")
+    for name, expected in wanted.items():
         if name in model.all_tied_weights_keys:
             continue
         found = stored.get(name)

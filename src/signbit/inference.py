@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from signbit import checkpoint
+from signbit.calibration.tokens import check_seqlen, tokenize
 from signbit.device import choose_device
 from signbit.errors import SignbitError
 from signbit.safetensors_file import check_directory
@@ -33,7 +34,8 @@ def open_model(model: str, *, device: str = "auto", trust_remote_code: bool = Fa
         opened = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
         )
-    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError, ImportError) as error:
+    except Exception as error:
+        # Whatever a config.json that makes no sense may lead model code to.
         raise SignbitError(f"{model} cannot be loaded: {first_line(error)}") from error
     return opened.eval(), load_tokenizer(model, path, trust_remote_code=trust_remote_code)
 
@@ -52,15 +54,19 @@ def generate(
     """Continue ``prompt``; returns the new text only. temperature 0 is greedy."""
     if not prompt:
         raise SignbitError("the prompt is empty")
-    if max_tokens < 1 or temperature < 0:
-        raise SignbitError("max-tokens must be at least 1 and temperature at least 0")
+    if max_tokens < 1 or not 0 <= temperature < math.inf:
+        raise SignbitError("max-tokens must be at least 1 and temperature a number of at least 0")
     opened, tokenizer = open_model(model, device=device, trust_remote_code=trust_remote_code)
-    inputs = tokenizer(prompt, return_tensors="pt").to(opened.device)
-    inputs.pop("token_type_ids", None)
+    ids = tokenize(tokenizer, prompt, opened.config).unsqueeze(0).to(opened.device)
+    check_seqlen(opened.config, ids.shape[1] + max_tokens)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     tokens = opened.generate(
-        **inputs, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **sampling,
     )
-    text: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text: str = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
     return text

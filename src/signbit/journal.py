@@ -15,8 +15,11 @@ kept: a resumed run computes them again from the finished blocks, which gives th
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +45,32 @@ class FinishedBlock:
 class Journal:
     def __init__(self, out: Path) -> None:
         self.directory = out.with_name(out.name + ".partial")
-        # Not inside, since it is filled before it is known whether the journal is to be kept.
-        self.workspace = out.with_name(out.name + ".partial-weights")
+        self._lock = out.with_name(out.name + ".partial.lock")
         self.staging = self.directory / "checkpoint"
         self._manifest = self.directory / "journal.json"
 
     @property
     def exists(self) -> bool:
         return self._manifest.is_file()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether something that no run has left is where the journal should be."""
+        directory = self.directory
+        return directory.exists() and not (self.exists or (directory.is_dir() and not any(directory.iterdir())))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs away from the same journal; SignbitError if one is at work."""
+        with self._lock.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SignbitError(f"another run is writing to {self.directory}: wait for it, or stop it") from error
+            try:
+                yield
+            finally:
+                self._lock.unlink(missing_ok=True)
 
     def start(self, identity: dict[str, Any]) -> None:
         """A new journal in place of any old one."""

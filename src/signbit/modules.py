@@ -42,16 +42,19 @@ class QuantizedEmbedding(nn.Module):
     dtype: of the vectors it returns. scale: what the original multiplied its vectors with (Gemma's).
     """
 
+    like: Tensor
+
     def __init__(self, packed: IntegerRows, dtype: torch.dtype, scale: float | None = None) -> None:
         super().__init__()
         self.packed = packed
-        self.dtype = dtype
+        # Empty; it has the dtype that the model is cast to.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
         self.scale = scale
         self.num_embeddings, self.embedding_dim = packed.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        vectors = self.packed.dequantize(ids).to(self.dtype)
-        return vectors if self.scale is None else vectors * torch.tensor(self.scale, dtype=self.dtype)
+        vectors = self.packed.dequantize(ids).to(self.like.dtype)
+        return vectors if self.scale is None else vectors * torch.tensor(self.scale, dtype=vectors.dtype)
 
 
 def quantized_embedding(original: nn.Module, packed: IntegerRows, dtype: torch.dtype) -> QuantizedEmbedding:

@@ -32,7 +32,7 @@ from signbit.architectures import (
 from signbit.calibration.capture import BlockInputs, HessianCapture
 from signbit.calibration.hessian import Factor, factorize, quadratic
 from signbit.calibration.self_text import write_tokens
-from signbit.calibration.text import SELF, read_text
+from signbit.calibration.text import SELF, read_text, text_fingerprint
 from signbit.calibration.tokens import check_seqlen, random_windows, tokenize
 from signbit.device import choose_device
 from signbit.errors import SignbitError
@@ -43,7 +43,7 @@ from signbit.modules import QuantizedLinear, quantized_embedding
 from signbit.progress import Progress, Silent
 from signbit.recipe import Recipe
 from signbit.report.quantization import LayerReport, QuantizationReport
-from signbit.source import Source, open_source, set_parameter
+from signbit.source import Source, open_source, remove_workspaces, resolve, set_parameter
 from signbit.timing import Stopwatch, phase
 from signbit.version import __version__
 
@@ -54,9 +54,9 @@ _BITS = {"int8": 8, "int4": 4}
 
 
 def quantize(
-    model: str,
+    model: str | Path,
     out: str | Path,
-    recipe: Recipe | str = "billm",
+    recipe: Recipe | dict[str, Any] | str | Path = "billm",
     *,
     device: str = "auto",
     resume: bool = False,
@@ -66,45 +66,76 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize MODEL and write a checkpoint to the directory ``out``.
 
-    model: a hub id, a directory, a .gguf file or ``demo``. recipe: a :class:`Recipe`, a preset's name or a YAML file.
-    resume: go on with an interrupted run of the same arguments. overwrite: replace ``out``, or what is left of an
-    interrupted run. Returns the report, timings included. Raises SignbitError for whatever the caller can put right.
+    model: a hub id, a directory, a .gguf file or ``demo``. recipe: a :class:`Recipe`, a mapping of its keys, a
+    preset's name or a YAML file. resume: go on with an interrupted run of the same arguments. overwrite: replace
+    ``out``, or what is left of an interrupted run. Returns the report, timings included. Raises SignbitError for
+    whatever the caller can put right.
     """
-    recipe = (Recipe.load(recipe) if isinstance(recipe, str) else recipe).for_model(model)
-    out, chosen = Path(out), choose_device(device)
-    progress = progress or Silent()
+    model, out, chosen = str(model), _target(out), choose_device(device)
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe(recipe) if isinstance(recipe, dict) else Recipe.load(str(recipe))
+    recipe = recipe.for_model(model)
     journal = Journal(out)
+    source_path = resolve(model).resolve()
+    if any(source_path.is_relative_to(path) for path in (out, journal.directory)):
+        raise SignbitError(f"the model lies in {out}, which is to be written: choose another directory")
     checkpoint.check_target(out, journal, resume=resume, overwrite=overwrite)
-    opened = open_source(model, trust_remote_code=trust_remote_code, workspace=journal.workspace)
-    with Stopwatch().running() as stopwatch, closing(opened) as source:
-        identity = {
-            "recipe": recipe.to_dict(),
-            "fingerprint": source.fingerprint,
-            "device": chosen.type,
-            "signbit": __version__,
-        }
-        if resume and out.exists() and not overwrite:
-            report = _already_finished(out, identity)
-            journal.discard()
-            return report
-        resuming = resume and journal.exists
-        if resuming:
-            journal.check(identity)
-            progress.note(f"resuming from {journal.directory}")
-        run = _Run(source, recipe, journal, chosen, progress)
+    try:
+        with journal.locked():
+            remove_workspaces(out)
+            opened = open_source(model, trust_remote_code=trust_remote_code, beside=out)
+            with closing(opened) as source:
+                return _quantize(source, recipe, out, journal, chosen, resume, overwrite, progress or Silent())
+    except OSError as error:
+        raise SignbitError(
+            f"writing to {journal.directory} failed: {error.strerror or error}. "
+            "What is finished is kept: make room and use --resume"
+        ) from error
+
+
+def _target(out: str | Path) -> Path:
+    """``out`` with symbolic links followed, so that what they point to is replaced and not they."""
+    if not str(out) or not Path(out).resolve().name:
+        raise SignbitError(f"{str(out)!r} is not a directory to write a checkpoint to")
+    return Path(out).expanduser().resolve()
+
+
+def _quantize(
+    source: Source,
+    recipe: Recipe,
+    out: Path,
+    journal: Journal,
+    device: torch.device,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress,
+) -> QuantizationReport:
+    identity = {
+        "recipe": recipe.to_dict(),
+        "fingerprint": source.fingerprint,
+        "text": text_fingerprint(str(recipe.common.calib)) if recipe.common.samples else None,
+        "device": device.type,
+        "signbit": __version__,
+    }
+    if resume and out.exists() and not overwrite:
+        report = _already_finished(out, identity)
+        journal.discard()
+        return report
+    resuming = resume and journal.exists
+    if resuming:
+        journal.check(identity)
+        progress.note(f"resuming from {journal.directory}")
+    with Stopwatch().running() as stopwatch:
+        run = _Run(source, recipe, journal, device, progress)
         run.check(resuming=resuming)
-        try:
-            if not resuming:
-                journal.start(identity)
-            with stopwatch.phase("other"), torch.no_grad():
-                report = run.execute()
-            checkpoint.assemble(source, recipe, journal, report, run.outer_specs, run.storage)
-        except OSError as error:
-            raise SignbitError(
-                f"writing to {journal.directory} failed: {error.strerror or error}. "
-                "What is finished is kept: make room and use --resume"
-            ) from error
-        checkpoint.publish(journal, out)
+        if not resuming:
+            journal.start(identity)
+        with stopwatch.phase("other"), torch.no_grad():
+            report = run.execute()
+        checkpoint.assemble(
+            source, recipe, journal, report, run.outer_specs, run.outer_modules, run.storage, len(run.blocks)
+        )
+    checkpoint.publish(journal, out)
     report.seconds = dict(stopwatch.seconds)
     return report
 
@@ -146,8 +177,10 @@ class _Run:
         # CPUs compute in float32, which is as fast on most of them as 16 bits, and exact for all that is stored.
         self.compute = torch.float32 if device.type == "cpu" else self.storage
         self.outer_specs: dict[str, dict[str, Any]] = {}
+        self.outer_modules: list[str] = []
         self.windows: Tensor | None = None
         linears = {f"{self.prefix}.{i}.{name}" for i, block in enumerate(self.blocks) for name in linears_of(block)}
+        self.example = min(linears)
         self.skipped = self._skipped(linears)
         self.unquantized = unquantized_parameters(self.model, linears - self.skipped.keys(), self.skipped)
 
@@ -159,11 +192,14 @@ class _Run:
             if common.calib != SELF and not (resuming and self.journal.has("tokens")):
                 with phase("calibration text"):
                     text = read_text(str(common.calib), "train")
-                    tokens = tokenize(self.source.tokenizer, text)
+                    tokens = tokenize(self.source.tokenizer, text, self.source.config)
                     self.windows = random_windows(tokens, common.samples, common.seqlen, common.seed)
         head = self.model.get_output_embeddings()
         if common.head != "keep" and (head is None or self._tied()):
             raise SignbitError("head: this model's head is tied to its embeddings: set embeddings instead")
+        for pattern in common.skip:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in self.skipped):
+                raise SignbitError(f"skip: {pattern!r} matches no linear layer, such as {self.example}")
         if len(self.skipped) == sum(len(linears_of(block)) for block in self.blocks):
             raise SignbitError("skip leaves no linear layer to quantize")
 
@@ -212,6 +248,13 @@ class _Run:
         names = {id(module): name for name, module in self.model.named_modules()}
         return head is not None and f"{names[id(head)]}.weight" in self.model.all_tied_weights_keys
 
+    def _stored(self, name: str) -> Tensor:
+        """A parameter that is kept, in the dtype that it is stored in."""
+        tensor = self.source.tensor(name).to(self.storage)
+        if not all_finite(tensor):
+            raise SignbitError(f"{name} does not fit {self.storage}: use dtype=bfloat16 or float32")
+        return tensor
+
     # What is outside the blocks ------------------------------------------------------------------------------------
 
     def _store_outer(self) -> None:
@@ -228,6 +271,7 @@ class _Run:
             codecs.append((head, common.head, "outer-head"))
         for module, codec, file in codecs:
             name = names[id(module)]
+            self.outer_modules.append(name)
             tensors = {}
             if codec != "keep":
                 packed = IntegerRows.quantize(
@@ -240,7 +284,7 @@ class _Run:
                     self.model.set_input_embeddings(replacement)
             for key, _ in module.named_parameters(recurse=False):
                 if key != "weight" or codec == "keep":
-                    tensors[f"{name}.{key}"] = self.source.tensor(f"{name}.{key}").to(self.storage)
+                    tensors[f"{name}.{key}"] = self._stored(f"{name}.{key}")
             if not self.journal.has(file):
                 self.journal.write(file, tensors)
             if module is embeddings and codec == "keep":
@@ -254,7 +298,7 @@ class _Run:
         for name, parameter in list(self.model.named_parameters()):
             inside = name.startswith(f"{self.prefix}.") or name.rpartition(".")[0] in stored or name in tied
             if not inside and parameter.device.type == "meta":
-                tensors[name] = self.source.tensor(name).to(self.storage)
+                tensors[name] = self._stored(name)
                 set_parameter(self.model, name, tensors[name].to(self.device, self.compute))
         buffers = dict(self.model.named_buffers())
         for name in self.model.state_dict().keys() & buffers.keys():
@@ -293,7 +337,9 @@ class _Run:
         self.progress.note(f"{self.source.name} writes its own calibration text: this loads the whole model once")
         writer = AutoModelForCausalLM.from_config(self.source.config, dtype=self.compute)
         state = {name: self.source.weights[name] for name in writer.state_dict() if name in self.source.weights}
-        writer.load_state_dict(state, strict=False)
+        missing = set(writer.load_state_dict(state, strict=False).missing_keys) - writer.all_tied_weights_keys.keys()
+        if missing:
+            raise SignbitError(f"{self.source.name} cannot write: its weights lack {min(missing)}; use a text file")
         writer.tie_weights()
         return write_tokens(writer.to(self.device).eval(), common.samples, common.seqlen, common.seed, self.progress)
 
@@ -315,6 +361,7 @@ class _Run:
                 linear = linears[name]
                 packed, report = self._quantize_linear(f"{prefix}.{name}", linear, calibration)
                 replace_module(block, name, QuantizedLinear(packed, linear.bias))
+                set_parameter(linear, "weight", torch.empty_like(linear.weight, device="meta"))  # free it now
                 layers[report.name] = describe(packed)
                 reports.append(report)
         if inputs is not None:
@@ -333,7 +380,10 @@ class _Run:
             raise SignbitError(f"{name}: {error}") from error
         with phase("errors"):
             hessian = None if calibration is None else calibration.hessian
-            weight_error, output_error = layer_errors(weight, packed.dequantize(), hessian)
+            quantized = packed.dequantize()
+            if bool(((quantized.abs().amax(1) == 0) & (weight.abs().amax(1) > 0)).any()):
+                raise SignbitError(f"{name}: scales are too small for {packed.kind} to hold: use scale_dtype=bfloat16")
+            weight_error, output_error = layer_errors(weight, quantized, hessian)
         return packed, LayerReport(
             name=name,
             shape=list(packed.shape),
@@ -371,9 +421,8 @@ class _Run:
         block = self.blocks[index]
         for name, _ in list(block.named_parameters()):
             owner, _, leaf = name.rpartition(".")
-            tensor = self.source.tensor(f"{prefix}.{name}")
-            if owner not in quantized or leaf != "weight":
-                tensor = tensor.to(self.storage)
+            full = f"{prefix}.{name}"
+            tensor = self.source.tensor(full) if owner in quantized and leaf == "weight" else self._stored(full)
             set_parameter(block, name, tensor.to(device=self.device, dtype=self.compute, copy=True))
 
     def _stored_tensors(self, block: nn.Module, prefix: str) -> dict[str, Tensor]:

@@ -68,6 +68,8 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         tensors = {name: _parse(name, entry, file, 8 + length, size) for name, entry in header.items()}
     except FileNotFoundError as error:
         raise SignbitError(f"{file} is missing") from error
+    except OSError as error:
+        raise SignbitError(f"{file} cannot be read: {error.strerror}") from error
     except (struct.error, ValueError, AttributeError, UnicodeDecodeError) as error:
         raise SignbitError(f"{file} is not a safetensors file: {error}") from error
     return tensors, metadata

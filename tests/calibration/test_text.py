@@ -128,9 +128,16 @@ class TestDatasets:
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
         refuse(name, name, "pip install 'signbit[data]'", "text file")
 
-    @pytest.mark.parametrize("split", ["train", "test"])
     @pytest.mark.parametrize(
-        ("name", "expected"), [("wikitext2", "one\n\n\n\ntwo"), ("ptb", "one two"), ("c4", "one\n\ntwo")]
+        ("name", "split", "expected"),
+        [
+            ("wikitext2", "train", "one\n\n\n\ntwo"),
+            ("wikitext2", "test", "one\n\n\n\ntwo"),
+            ("ptb", "train", "one two"),
+            ("ptb", "test", "one two"),
+            ("c4", "train", "one\n\ntwo"),
+            ("c4", "test", "one two"),
+        ],
     )
     def test_rows_are_joined_as_in_gptq(self, stand_in: Path, name: str, split: str, expected: str) -> None:
         stand_in.write_text(

@@ -46,7 +46,7 @@ def test_just_enough_text(tokens: int, samples: int, seqlen: int) -> None:
 
 def test_a_text_is_one_sequence_whatever_its_length(recwarn: pytest.WarningsRecorder) -> None:
     text = tiny.TEXT * 3
-    ids = tokenize(tiny.tokenizer(), text)
+    ids = tokenize(tiny.tokenizer(), text, tiny.CONFIGS["llama"]())
     assert ids.dim() == 1
     assert len(ids) > tiny.POSITIONS
     assert tiny.tokenizer().decode(ids) == text
@@ -58,7 +58,13 @@ def test_the_tokenizers_own_special_tokens_stay() -> None:
         def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": [1, *text.encode()]}
 
-    assert tokenize(Tokenizer(), "ab").tolist() == [1, 97, 98]
+    assert tokenize(Tokenizer(), "ab", tiny.CONFIGS["llama"]()).tolist() == [1, 97, 98]
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    config = tiny.CONFIGS["llama"]()
+    with pytest.raises(SignbitError, match="do not belong together"):
+        tokenize(lambda text, **_: {"input_ids": [config.vocab_size]}, "a", config)
 
 
 def test_sequences_beyond_the_models_positions_are_refused() -> None:

@@ -20,7 +20,7 @@ from signbit.calibration.tokens import tokenize
 from signbit.evaluation.perplexity import score, windows_of
 from signbit.progress import Silent
 from signbit.source import open_source
-from tiny import TEXT, VOCAB, build, tokenizer
+from tiny import CONFIGS, TEXT, VOCAB, build, tokenizer
 
 MakeDir = Callable[..., Path]
 TOKENS = torch.randint(3, VOCAB, (1000,), generator=torch.Generator().manual_seed(5))
@@ -105,8 +105,9 @@ def test_evaluate_follows_the_protocol(packed_dir: MakeDir, text_file: Path) -> 
 
 def test_tokenizers_add_what_they_add_by_default() -> None:
     plain = tokenizer()("a b").input_ids
-    assert tokenize(tokenizer(), "a b").tolist() == plain
-    assert tokenize(lambda text, **_: {"input_ids": [0, *tokenizer()(text).input_ids]}, "a b").tolist() == [0, *plain]
+    config = CONFIGS["llama"]()
+    assert tokenize(tokenizer(), "a b", config).tolist() == plain
+    assert tokenize(lambda _, **__: {"input_ids": [0, *plain]}, "a b", config).tolist() == [0, *plain]
 
 
 def test_a_model_that_knows_nothing() -> None:

@@ -6,6 +6,7 @@ row's "text"), or ``self``: text that the model itself writes (calibration/self_
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -24,7 +25,7 @@ def read_text(source: str, split: str) -> str:
     if source in _DATASETS:
         return _DATASETS[source](split)
     path = Path(source).expanduser()
-    if path.suffix in (".txt", ".raw", ".jsonl"):
+    if path.suffix.lower() in (".txt", ".raw", ".jsonl"):
         text = _read_file(path)
         if not text.strip():
             raise SignbitError(f"{source} is empty")
@@ -32,6 +33,12 @@ def read_text(source: str, split: str) -> str:
     raise SignbitError(
         f"unknown text source {source!r}: expected {', '.join(_DATASETS)}, {SELF}, or a .txt, .raw or .jsonl file"
     )
+
+
+def text_fingerprint(source: str) -> str:
+    """What identifies a SOURCE's text in a journal: a file's hash, any other source's name."""
+    path = Path(source).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else source
 
 
 def _read_file(path: Path) -> str:
@@ -43,7 +50,7 @@ def _read_file(path: Path) -> str:
         raise SignbitError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
     except OSError as error:
         raise SignbitError(f"{path} cannot be read: {error.strerror}") from error
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return text
     documents = []
     # Not splitlines(): JSON strings may hold separators that it cuts at.
@@ -52,7 +59,7 @@ def _read_file(path: Path) -> str:
             continue
         try:
             document = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SignbitError(f'{path}, line {number}: expected a JSON object with a "text"') from error
         if not isinstance(document, str):
             raise SignbitError(f'{path}, line {number}: "text" is not a string')
@@ -89,7 +96,8 @@ def _ptb(split: str) -> str:
 def _c4(split: str) -> str:
     shard = "en/c4-train.00000-of-01024.json.gz" if split == "train" else "en/c4-validation.00000-of-00008.json.gz"
     rows = _load_dataset("c4", "allenai/c4", data_files={split: shard}, split=split, streaming=True)
-    return "\n\n".join(row["text"] for row in rows.take(_C4_DOCUMENTS[split]))
+    # GPTQ's evaluation joins with spaces; calibration keeps documents apart.
+    return (" " if split == "test" else "\n\n").join(row["text"] for row in rows.take(_C4_DOCUMENTS[split]))
 
 
 _DATASETS: dict[str, Callable[[str], str]] = {"wikitext2": _wikitext2, "c4": _c4, "ptb": _ptb}

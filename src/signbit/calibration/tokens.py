@@ -11,10 +11,22 @@ from transformers import PreTrainedConfig
 from signbit.errors import SignbitError
 
 
-def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """All of ``text`` as one sequence of ids [tokens], with what special tokens the tokenizer adds by default."""
-    # verbose=False: the whole text is longer than any context, which is no reason to warn.
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+def tokenize(tokenizer: Any, text: str, config: PreTrainedConfig) -> Tensor:
+    """All of ``text`` as one sequence of ids [tokens], with what special tokens the tokenizer adds by default.
+
+    SignbitError if the tokenizer is not the model's: if it knows ids that the model of ``config`` does not.
+    """
+    try:
+        # verbose=False: the whole text is longer than any context, which is no reason to warn.
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    except (TypeError, UnicodeError) as error:
+        raise SignbitError(f"the text cannot be tokenized: it is not valid Unicode ({error})") from error
+    size = config.get_text_config().vocab_size
+    if len(tokens) and int(tokens.max()) >= size:
+        raise SignbitError(
+            f"the tokenizer gives id {int(tokens.max())}, the model knows {size}: they do not belong together"
+        )
+    return tokens
 
 
 def random_windows(tokens: Tensor, samples: int, seqlen: int, seed: int) -> Tensor:

@@ -25,7 +25,7 @@ _SELF_WINDOWS = 4
 def evaluate(
     model: str | Path,
     *,
-    perplexity: Sequence[str] = ("wikitext2",),
+    perplexity: Sequence[str | Path] | str | Path = ("wikitext2",),
     seqlen: int = 2048,
     windows: int | None = None,
     against: str | Path | None = None,
@@ -40,12 +40,13 @@ def evaluate(
     prints.
     """
     progress = progress or Silent()
+    sources = [str(s) for s in ([perplexity] if isinstance(perplexity, str | Path) else perplexity)]
     if seqlen < 2 or (windows is not None and windows < 1):
         raise SignbitError("seqlen must be at least 2 and windows at least 1")
-    if not perplexity:
+    if not sources:
         raise SignbitError("nothing to evaluate: name at least one text source")
     started = time.perf_counter()
-    texts = {source: None if source == SELF else read_text(source, "test") for source in perplexity}
+    texts = {source: None if source == SELF else read_text(source, "test") for source in sources}
     scored, tokenizer = open_model(str(model), device=device, trust_remote_code=trust_remote_code)
     check_seqlen(scored.config, seqlen)
     original: PreTrainedModel | None = None
@@ -61,7 +62,7 @@ def evaluate(
             author = original if original is not None else scored
             cut = write_tokens(author, windows or _SELF_WINDOWS, seqlen, _HELD_OUT_SEED, progress)
         else:
-            cut = windows_of(tokenize(tokenizer, text), seqlen, windows, source)
+            cut = windows_of(tokenize(tokenizer, text, scored.config), seqlen, windows, source)
         found = score(scored, cut, progress, f"perplexity on {source}", original)
         result["perplexity"][source] = found.perplexity
         result["tokens"][source] = found.tokens

@@ -31,7 +31,7 @@ class TensorSpec:
     item: str
 
     def __post_init__(self) -> None:
-        if not all(_is_count(length) for length in self.shape):
+        if not all(is_count(length) for length in self.shape):
             raise ValueError(f"{list(self.shape)} is not the shape of a tensor")
 
     @property
@@ -46,7 +46,7 @@ class LayoutSpec:
     shape: tuple[int, int]
 
     def __post_init__(self) -> None:
-        if len(self.shape) != 2 or not all(_is_count(length) for length in self.shape):
+        if len(self.shape) != 2 or not all(is_count(length) for length in self.shape):
             raise ValueError(f"{list(self.shape)} is not the shape of a matrix")
 
     def tensors(self) -> dict[str, TensorSpec]:
@@ -111,6 +111,9 @@ class Layout(nn.Module):
         """The matrix (or some of its rows) in float32, exactly as the method decided on it."""
         raise NotImplementedError
 
+    def check(self, name: str) -> None:
+        """SignbitError, with the module's ``name``, if the content of the tensors contradicts the spec."""
+
     def items(self) -> dict[str, int]:
         """Bytes by heading; their sum is what the matrix takes in the checkpoint."""
         return count_items(self.spec)
@@ -136,7 +139,7 @@ def count_items(spec: LayoutSpec) -> dict[str, int]:
     return items
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -149,7 +152,7 @@ def scale_dtype(name: str) -> torch.dtype:
 
 def group_count(columns: int, group_size: int) -> int:
     """Groups of ``group_size`` columns in a row; 0 stands for one group, the whole row. The last may be narrower."""
-    if not _is_count(group_size):
+    if not is_count(group_size):
         raise ValueError(f"group_size {group_size!r} is not a number of columns")
     return 1 if group_size == 0 else math.ceil(columns / group_size)
 

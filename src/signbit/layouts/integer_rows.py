@@ -46,7 +46,12 @@ class IntegerRows(Layout):
         spec = IntegerRowsSpec((weight.shape[0], weight.shape[1]), bits, scale_dtype_name)
         weight = weight.float()
         limit = 2 ** (bits - 1) - 1
-        scales = (weight.abs().amax(dim=1) / limit).to(scale_dtype(scale_dtype_name))
+        largest = weight.abs().amax(dim=1)
+        scales = (largest / limit).to(scale_dtype(scale_dtype_name))
+        # Where rounding the scale down (near the dtype's smallest numbers) would clip the largest weight by more than
+        # half a step, take the next larger number: the next bit pattern.
+        clipped = (largest > scales.float() * (limit + 0.5)) & (scales > 0)
+        scales = torch.where(clipped, (scales.view(torch.int16) + 1).view(scales.dtype), scales)
         # Rows of zeros, and rows too small for the scale's dtype, get scale 0 and codes 0.
         divisor = torch.where(scales == 0, torch.inf, scales.float()).unsqueeze(1)
         codes = (weight / divisor).round().clamp(-limit, limit).to(torch.int8)

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, scale_dtype, select, spread
+from signbit.errors import SignbitError
+from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, is_count, scale_dtype, select, spread
 from signbit.layouts.bits import pack_bits, packed_width, unpack_bits, unpack_floats, unpack_signs
 
 
@@ -45,6 +46,8 @@ class SplitPlanesSpec(LayoutSpec):
     def tensors(self) -> dict[str, TensorSpec]:
         n, m = self.shape
         groups, dtype = group_count(m, self.group_size), scale_dtype(self.scale_dtype)
+        if not (is_count(self.salient_columns) and self.salient_groups <= groups):
+            raise ValueError(f"{self.salient_columns!r} salient columns in {self.salient_groups!r} groups")
         plane = TensorSpec((n, packed_width(m)), torch.uint8, "signs")
         tensors = {
             "signs": plane,
@@ -123,6 +126,15 @@ class SplitPlanes(Layout):
     @property
     def nominal_bits(self) -> float:
         return 1 + self.spec.salient_columns / self.spec.shape[1]
+
+    def check(self, name: str) -> None:
+        marked = unpack_bits(self.salient, self.spec.shape[1]).nonzero().squeeze(1)
+        groups = len((marked // (self.spec.group_size or self.spec.shape[1])).unique())
+        if (len(marked), groups) != (self.spec.salient_columns, self.spec.salient_groups):
+            raise SignbitError(
+                f"{name}.salient marks {len(marked)} columns in {groups} groups, config.json says "
+                f"{self.spec.salient_columns} in {self.spec.salient_groups}"
+            )
 
     def dequantize(self, rows: slice = slice(None)) -> Tensor:
         m, size = self.spec.shape[1], self.spec.group_size

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from signbit.errors import SignbitError
+
 FILE = "signbit_report.json"
 
 
@@ -65,6 +67,9 @@ class QuantizationReport:
         file = directory / FILE
         if not file.is_file():
             return None
-        fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        fields["layers"] = [LayerReport(**layer) for layer in fields["layers"]]
-        return cls(**fields)
+        try:
+            fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            fields["layers"] = [LayerReport(**layer) for layer in fields["layers"]]
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise SignbitError(f"{file} is damaged: remove it, the checkpoint does not need it") from error
