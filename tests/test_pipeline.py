@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -412,6 +414,29 @@ def test_foreign_files_are_never_touched(tiny_dir: MakeDir, text_file: Path, tmp
     with pytest.raises(SignbitError, match="the model lies in"):
         signbit.quantize(model, tmp_path / "there", recipe(text_file), overwrite=True)
     assert contents(model) == before
+
+
+def test_weights_are_freed_as_soon_as_they_are_packed(
+    tiny_dir: MakeDir, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for the garbage collector, which does not know how large what it leaves is."""
+    weights: list[weakref.ref[torch.Tensor]] = []
+    alive_at_most = 0
+
+    def watching(linear: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        nonlocal alive_at_most
+        weights.append(weakref.ref(weight))
+        alive_at_most = max(alive_at_most, sum(reference() is not None for reference in weights))
+        return weight
+
+    monkeypatch.setattr(pipeline, "dense_weight", watching)
+    gc.disable()
+    try:
+        signbit.quantize(tiny_dir("llama"), tmp_path / "out", recipe(text_file), device="cpu")
+    finally:
+        gc.enable()
+    assert len(weights) == 14
+    assert alive_at_most == 1
 
 
 def test_two_runs_on_one_output_exclude_each_other(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
