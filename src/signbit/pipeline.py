@@ -39,6 +39,7 @@ from signbit.errors import SignbitError
 from signbit.finite import all_finite
 from signbit.journal import FinishedBlock, Journal, block_name, describe_difference
 from signbit.layouts import IntegerRows, Layout, describe, parse_spec
+from signbit.memory import return_free_memory
 from signbit.modules import QuantizedLinear, quantized_embedding
 from signbit.progress import Progress, Silent
 from signbit.recipe import Recipe
@@ -225,6 +226,7 @@ class _Run:
                         self.journal.write_block(index, finished)
                 reports += finished.reports
                 block.to("meta")
+                return_free_memory()
                 task.advance()
         stored_otherwise = {f"{name}.weight" for name in self.outer_specs}
         return QuantizationReport(
