@@ -188,9 +188,7 @@ def _open_directory(name: str, path: Path, trust_remote_code: bool, beside: Path
     files = check_directory(path)
     config = load_config(name, path, trust_remote_code)
     _check_causal(name, config)
-    workspace = Path(
-        tempfile.mkdtemp(prefix=WORKSPACE + (f"{beside.name}-" if beside else ""), dir=beside and beside.parent)
-    )
+    workspace = _make_workspace(beside)
     try:
         with init_empty_weights(include_buffers=False):
             outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
