@@ -1,57 +1,29 @@
-"""Quantizing a model block by block.
+"""Quantizing a model: from MODEL to a checkpoint.
 
-    for each decoder block:   load it -> run it, collecting Hessians -> let the method decide on each linear ->
-                              put the packed linears in -> run it again for the next block's input -> write it, free it
-
-The quantized prefix feeds the next block, so later blocks see, and correct for, what earlier ones lost. At any time one
-block, the activations of the calibration set and the Hessians of one block are in memory, never the model.
+What can be refused is refused first; then blockwise.py does the work, into the journal; then checkpoint.py puts the
+finished blocks together and publishes the result in one step.
 """
 
 from __future__ import annotations
 
-import fnmatch
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from signbit import checkpoint
-from signbit.architectures import (
-    Linear,
-    dense_shape,
-    dense_weight,
-    find_blocks,
-    linears_of,
-    replace_module,
-    unquantized_parameters,
-)
-from signbit.calibration.capture import BlockInputs, HessianCapture
-from signbit.calibration.hessian import Factor, factorize, quadratic
-from signbit.calibration.self_text import write_tokens
-from signbit.calibration.text import SELF, read_text, text_fingerprint
-from signbit.calibration.tokens import check_seqlen, random_windows, tokenize
+from signbit.blockwise import BlockwiseRun
+from signbit.calibration.text import text_fingerprint
 from signbit.device import choose_device
 from signbit.errors import SignbitError
-from signbit.finite import all_finite
-from signbit.journal import FinishedBlock, Journal, block_name, describe_difference
-from signbit.layouts import IntegerRows, Layout, describe, parse_spec
-from signbit.memory import return_free_memory
-from signbit.modules import QuantizedLinear, quantized_embedding
+from signbit.journal import Journal, describe_difference
 from signbit.progress import Progress, Silent
 from signbit.recipe import Recipe
-from signbit.report.quantization import LayerReport, QuantizationReport
-from signbit.source import Source, open_source, remove_workspaces, resolve, set_parameter
-from signbit.timing import Stopwatch, phase
+from signbit.report.quantization import QuantizationReport
+from signbit.source import Source, open_source, remove_workspaces, resolve
+from signbit.timing import Stopwatch
 from signbit.version import __version__
-
-# Tokens that go through a block at once: enough for full matrix speed, few enough that activations inside a block stay
-# small beside its weights.
-_TOKENS_PER_CALL = {"cpu": 4096, "cuda": 16384}
-_BITS = {"int8": 8, "int4": 4}
 
 
 def quantize(
@@ -127,7 +99,7 @@ def _quantize(
         journal.check(identity)
         progress.note(f"resuming from {journal.directory}")
     with Stopwatch().running() as stopwatch:
-        run = _Run(source, recipe, journal, device, progress)
+        run = BlockwiseRun(source, recipe, journal, device, progress)
         run.check(resuming=resuming)
         if not resuming:
             journal.start(identity)
@@ -152,310 +124,3 @@ def _already_finished(out: Path, identity: dict[str, Any]) -> QuantizationReport
             "use --overwrite"
         )
     return report
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    """What calibration says about one linear input."""
-
-    hessian: Tensor
-    factor: Factor
-    notes: list[str]
-
-
-class _Run:
-    """One quantization. Data flows through ``execute``; the rest are its steps."""
-
-    def __init__(
-        self, source: Source, recipe: Recipe, journal: Journal, device: torch.device, progress: Progress
-    ) -> None:
-        self.source, self.recipe, self.journal = source, recipe, journal
-        self.device, self.progress = device, progress
-        self.model = source.skeleton
-        self.prefix, self.blocks = find_blocks(self.model)
-        dtype = recipe.common.dtype
-        self.storage: torch.dtype = source.dtype if dtype == "auto" else getattr(torch, dtype)
-        # CPUs compute in float32, which is as fast on most of them as 16 bits, and exact for all that is stored.
-        self.compute = torch.float32 if device.type == "cpu" else self.storage
-        self.outer_specs: dict[str, dict[str, Any]] = {}
-        self.outer_modules: list[str] = []
-        self.windows: Tensor | None = None
-        linears = {f"{self.prefix}.{i}.{name}" for i, block in enumerate(self.blocks) for name in linears_of(block)}
-        self.example = min(linears)
-        self.skipped = self._skipped(linears)
-        self.unquantized = unquantized_parameters(self.model, linears - self.skipped.keys(), self.skipped)
-
-    def check(self, *, resuming: bool) -> None:
-        """Refuse what can be seen to fail before any work is done, and before anything old is replaced."""
-        common = self.recipe.common
-        if common.samples:
-            check_seqlen(self.source.config, common.seqlen)
-            if common.calib != SELF and not (resuming and self.journal.has("tokens")):
-                with phase("calibration text"):
-                    text = read_text(str(common.calib), "train")
-                    tokens = tokenize(self.source.tokenizer, text, self.source.config)
-                    self.windows = random_windows(tokens, common.samples, common.seqlen, common.seed)
-        head = self.model.get_output_embeddings()
-        if common.head != "keep" and (head is None or self._tied()):
-            raise SignbitError("head: this model's head is tied to its embeddings: set embeddings instead")
-        for pattern in common.skip:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in self.skipped):
-                raise SignbitError(f"skip: {pattern!r} matches no linear layer, such as {self.example}")
-        if len(self.skipped) == sum(len(linears_of(block)) for block in self.blocks):
-            raise SignbitError("skip leaves no linear layer to quantize")
-
-    def execute(self) -> QuantizationReport:
-        with phase("loading"):
-            self._store_outer()
-        inputs = self._calibration_inputs()
-        done = 0
-        while done < len(self.blocks) and self.journal.has(block_name(done)):
-            done += 1
-        reports: list[LayerReport] = []
-        with self.progress.task("quantizing blocks", len(self.blocks)) as task:
-            for index, block in enumerate(self.blocks):
-                if index < done:
-                    replay = inputs is not None and done < len(self.blocks)
-                    finished = self.journal.read_block(index, tensors=replay)
-                    if inputs is not None and replay:
-                        self._restore_block(index, finished)
-                        inputs.run(index, keep=True)
-                else:
-                    finished = self._quantize_block(index, inputs)
-                    with phase("writing"):
-                        self.journal.write_block(index, finished)
-                reports += finished.reports
-                block.to("meta")
-                return_free_memory()
-                task.advance()
-        stored_otherwise = {f"{name}.weight" for name in self.outer_specs}
-        return QuantizationReport(
-            source=self.source.name,
-            fingerprint=self.source.fingerprint,
-            layers=reports,
-            unquantized={key: why for key, why in self.unquantized.items() if key not in stored_otherwise},
-        )
-
-    def _skipped(self, linears: set[str]) -> dict[str, str]:
-        """Linears that the recipe leaves out, with the reason."""
-        return {
-            name: f"left out by the recipe (skip: {pattern})"
-            for name in linears
-            for pattern in self.recipe.common.skip
-            if fnmatch.fnmatchcase(name, pattern)
-        }
-
-    def _tied(self) -> bool:
-        head = self.model.get_output_embeddings()
-        names = {id(module): name for name, module in self.model.named_modules()}
-        return head is not None and f"{names[id(head)]}.weight" in self.model.all_tied_weights_keys
-
-    def _stored(self, name: str) -> Tensor:
-        """A parameter that is kept, in the dtype that it is stored in."""
-        tensor = self.source.tensor(name).to(self.storage)
-        if not all_finite(tensor):
-            raise SignbitError(f"{name} does not fit {self.storage}: use dtype=bfloat16 or float32")
-        return tensor
-
-    # What is outside the blocks ------------------------------------------------------------------------------------
-
-    def _store_outer(self) -> None:
-        """Write everything outside the blocks as it will be stored, and load what the base model needs of it."""
-        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        names = {id(module): name for name, module in self.model.named_modules()}
-        common = self.recipe.common
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.device.type != "meta":
-                    module._buffers[name] = buffer.to(self.device)
-        codecs = [(embeddings, common.embeddings, "outer-embeddings")]
-        if head is not None and not self._tied():
-            codecs.append((head, common.head, "outer-head"))
-        for module, codec, file in codecs:
-            name = names[id(module)]
-            self.outer_modules.append(name)
-            tensors = {}
-            if codec != "keep":
-                packed = IntegerRows.quantize(
-                    self.source.tensor(f"{name}.weight"), _BITS[codec], self.recipe.options.scale_dtype
-                )
-                self.outer_specs[name] = describe(packed)
-                tensors = {f"{name}.packed.{key}": value for key, value in packed.state_dict().items()}
-                if module is embeddings:
-                    replacement = quantized_embedding(module, packed, self.compute).to(self.device)
-                    self.model.set_input_embeddings(replacement)
-            for key, _ in module.named_parameters(recurse=False):
-                if key != "weight" or codec == "keep":
-                    tensors[f"{name}.{key}"] = self._stored(f"{name}.{key}")
-            if not self.journal.has(file):
-                self.journal.write(file, tensors)
-            if module is embeddings and codec == "keep":
-                set_parameter(module, "weight", tensors[f"{name}.weight"].to(self.device, self.compute))
-        self._store_rest({names[id(module)] for module, _, _ in codecs})
-
-    def _store_rest(self, stored: set[str]) -> None:
-        """The remaining parameters outside the blocks: norms, position embeddings, projections."""
-        tied = set(self.model.all_tied_weights_keys)
-        tensors = {}
-        for name, parameter in list(self.model.named_parameters()):
-            inside = name.startswith(f"{self.prefix}.") or name.rpartition(".")[0] in stored or name in tied
-            if not inside and parameter.device.type == "meta":
-                tensors[name] = self._stored(name)
-                set_parameter(self.model, name, tensors[name].to(self.device, self.compute))
-        buffers = dict(self.model.named_buffers())
-        for name in self.model.state_dict().keys() & buffers.keys():
-            if not name.startswith(f"{self.prefix}.") and ".packed." not in name:
-                tensors[name] = buffers[name]
-        if not self.journal.has("outer-rest"):
-            self.journal.write("outer-rest", tensors)
-
-    # Calibration ---------------------------------------------------------------------------------------------------
-
-    def _calibration_inputs(self) -> BlockInputs | None:
-        """The first block's inputs; None if the recipe calibrates on nothing."""
-        common = self.recipe.common
-        if common.samples == 0:
-            return None
-        if not self.journal.has("tokens"):
-            with phase("calibration text"):
-                self.journal.write("tokens", {"tokens": self._calibration_tokens()})
-        tokens = self.journal.read("tokens")["tokens"]
-        size = max(1, _TOKENS_PER_CALL[self.device.type] // common.seqlen)
-        inputs = BlockInputs(self.blocks)
-        first = f"{self.prefix}.0"
-        self.source.materialize(self.blocks[0], first, self.compute, self.device)
-        with phase("forward"):
-            inputs.record(self.model, list(tokens.split(size)), self.device)
-        self.blocks[0].to("meta")
-        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-            if module is not None:
-                module.to("meta")
-        return inputs
-
-    def _calibration_tokens(self) -> Tensor:
-        common = self.recipe.common
-        if self.windows is not None:
-            return self.windows
-        self.progress.note(f"{self.source.name} writes its own calibration text: this loads the whole model once")
-        writer = AutoModelForCausalLM.from_config(self.source.config, dtype=self.compute)
-        state = {name: self.source.weights[name] for name in writer.state_dict() if name in self.source.weights}
-        missing = set(writer.load_state_dict(state, strict=False).missing_keys) - writer.all_tied_weights_keys.keys()
-        if missing:
-            raise SignbitError(f"{self.source.name} cannot write: its weights lack {min(missing)}; use a text file")
-        writer.tie_weights()
-        return write_tokens(writer.to(self.device).eval(), common.samples, common.seqlen, common.seed, self.progress)
-
-    # Blocks --------------------------------------------------------------------------------------------------------
-
-    def _quantize_block(self, index: int, inputs: BlockInputs | None) -> FinishedBlock:
-        block, prefix = self.blocks[index], f"{self.prefix}.{index}"
-        linears = {name: linear for name, linear in linears_of(block).items() if f"{prefix}.{name}" not in self.skipped}
-        with phase("loading"):
-            self._load_block(index, set(linears))
-        capture = HessianCapture(dict(linears))
-        if inputs is not None:
-            with capture.watching(block):
-                inputs.run(index, keep=False)
-        layers, reports = {}, []
-        for names in capture.by_input():
-            calibration = self._calibration_of(capture, prefix, names[0]) if inputs is not None else None
-            for name in names:
-                linear = linears[name]
-                packed, report = self._quantize_linear(f"{prefix}.{name}", linear, calibration)
-                replace_module(block, name, QuantizedLinear(packed, linear.bias))
-                set_parameter(linear, "weight", torch.empty_like(linear.weight, device="meta"))  # free it now
-                layers[report.name] = describe(packed)
-                reports.append(report)
-        if inputs is not None:
-            inputs.run(index, keep=True)
-            inputs.check_finite(prefix)
-        return FinishedBlock(layers, reports, self._stored_tensors(block, prefix))
-
-    def _quantize_linear(
-        self, name: str, linear: Linear, calibration: _Calibration | None
-    ) -> tuple[Layout, LayerReport]:
-        weight = dense_weight(linear, linear.weight).float().contiguous()
-        factor = None if calibration is None else calibration.factor
-        try:
-            packed = self.recipe.method.quantize(weight, factor, self.recipe.options)
-        except SignbitError as error:
-            raise SignbitError(f"{name}: {error}") from error
-        with phase("errors"):
-            hessian = None if calibration is None else calibration.hessian
-            quantized = packed.dequantize()
-            if bool(((quantized.abs().amax(1) == 0) & (weight.abs().amax(1) > 0)).any()):
-                raise SignbitError(f"{name}: scales are too small for {packed.kind} to hold: use scale_dtype=bfloat16")
-            weight_error, output_error = layer_errors(weight, quantized, hessian)
-        return packed, LayerReport(
-            name=name,
-            shape=list(packed.shape),
-            layout=packed.kind,
-            bits_per_weight=8 * sum(packed.items().values()) / weight.numel(),
-            nominal_bits_per_weight=packed.nominal_bits,
-            weight_error=weight_error,
-            output_error=output_error,
-            damping=None if factor is None else factor.damping,
-            notes=[] if calibration is None else calibration.notes,
-        )
-
-    def _calibration_of(self, capture: HessianCapture, prefix: str, name: str) -> _Calibration:
-        notes = []
-        accumulator = capture.hessians.pop(name, None)
-        if accumulator is None:
-            notes.append("no calibration token reached it: quantized with the identity as Hessian")
-            width = dense_shape(self.model.get_submodule(f"{prefix}.{name}"))[1]
-            hessian = torch.eye(width, device=self.device)
-        else:
-            hessian = accumulator.hessian()
-        if not all_finite(hessian):
-            raise SignbitError(f"the input of {prefix}.{name} contains NaN or infinite values on the calibration text")
-        with phase("factorization"):
-            factor = factorize(hessian, self.recipe.common.damping)
-        if factor.damping > self.recipe.common.damping:
-            notes.append(f"damping raised to {factor.damping:g}")
-        if factor.dead.any():
-            notes.append(f"{int(factor.dead.sum())} inputs are always zero")
-        return _Calibration(hessian, factor, notes)
-
-    def _load_block(self, index: int, quantized: set[str]) -> None:
-        """Weights to be quantized come as they are; what stays is rounded to its storage dtype first."""
-        prefix = f"{self.prefix}.{index}"
-        block = self.blocks[index]
-        for name, _ in list(block.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            full = f"{prefix}.{name}"
-            tensor = self.source.tensor(full) if owner in quantized and leaf == "weight" else self._stored(full)
-            set_parameter(block, name, tensor.to(device=self.device, dtype=self.compute, copy=True))
-
-    def _stored_tensors(self, block: nn.Module, prefix: str) -> dict[str, Tensor]:
-        parameters = dict(block.named_parameters())
-        return {
-            f"{prefix}.{name}": tensor.to(self.storage) if name in parameters else tensor
-            for name, tensor in block.state_dict().items()
-        }
-
-    def _restore_block(self, index: int, finished: FinishedBlock) -> None:
-        """The block as it was when it was finished."""
-        block, prefix = self.blocks[index], f"{self.prefix}.{index}"
-        for full, description in finished.layers.items():
-            layout, spec = parse_spec(full, description)
-            tensors = {key: finished.tensors[f"{full}.packed.{key}"] for key in spec.tensors()}
-            bias = finished.tensors.get(f"{full}.bias")
-            packed = layout(spec, tensors).to(self.device)
-            if bias is not None:
-                bias = bias.to(self.device, self.compute)
-            replace_module(block, full.removeprefix(f"{prefix}."), QuantizedLinear(packed, bias))
-        for name, parameter in list(block.named_parameters()):
-            if parameter.device.type == "meta":
-                set_parameter(block, name, finished.tensors[f"{prefix}.{name}"].to(self.device, self.compute))
-
-
-def layer_errors(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> tuple[float, float | None]:
-    """|W - Q| / |W|, and tr(D H D^T) / tr(W H W^T) with D = W - Q; 0 for a layer of zeros."""
-    difference = weight - quantized
-    norm = float(weight.norm())
-    weight_error = float(difference.norm()) / norm if norm else 0.0
-    if hessian is None:
-        return weight_error, None
-    power = quadratic(weight, hessian)
-    return weight_error, quadratic(difference, hessian) / power if power else 0.0

@@ -147,18 +147,16 @@ class SplitPlanes(Layout):
         )
         if self.spec.salient_groups == 0:
             return values
-        salient = unpack_bits(self.salient, m)
-        # Coefficients are kept for groups that have salient columns only: find each group's place among those.
-        # Groups without any get some other's, for columns that are then not looked at.
-        has = torch.nn.functional.pad(salient, (0, -m % (size or m))).view(-1, size or m).any(1)
-        place = (has.cumsum(0) - 1).clamp(min=0)
-        twice = salient_values(
-            signs,
-            1 - 2 * second,
-            _pair(spread(self.salient_scales[rows].transpose(1, 2)[..., place], size, m)),
-            spread(self.get_buffer("salient_means")[rows][:, place], size, m) if self.spec.mean else None,
+        salient = unpack_bits(self.salient, m).nonzero().squeeze(1)
+        # Coefficients are kept for groups that have salient columns only: each column's place among those groups.
+        place = (salient // (size or m)).unique_consecutive(return_inverse=True)[1]
+        values[:, salient] = salient_values(
+            signs[:, salient],
+            1 - 2 * second[:, salient],
+            _pair(self.salient_scales[rows][:, place].float().transpose(1, 2)),
+            self.get_buffer("salient_means")[rows][:, place].float() if self.spec.mean else None,
         )
-        return select(salient.float(), (values, twice))
+        return values
 
 
 def _pair(coefficients: Tensor) -> Pair:

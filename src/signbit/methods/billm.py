@@ -128,7 +128,8 @@ def quantize_group(weight: Tensor, diagonal: Tensor, options: BiLLMOptions) -> S
         key = scores if released else weight.abs()
         sparse = torch.zeros_like(weight, dtype=torch.bool)
         if not salient.all():
-            ordinary = key[:, ~salient]
+            # Columns taken by number: many times faster than by a boolean mask.
+            ordinary = key.index_select(1, (~salient).nonzero().squeeze(1))
             threshold = search_threshold(ordinary, options.split_candidates, options.split_grid, mean=released)
             sparse = (key > threshold) & ~salient
     with phase("fit"):
@@ -160,7 +161,7 @@ def _salient_columns(weight: Tensor, scores: Tensor, options: BiLLMOptions) -> T
     """Steps 1 and 2: the salient columns of a group, bool [k]."""
     ranking = scores.sum(0).argsort(descending=True, stable=True)
     by_salience = options.column_search == "salience"
-    searched = (scores if by_salience else weight.abs())[:, ranking]
+    searched = (scores if by_salience else weight.abs()).index_select(1, ranking)
     count = search_column_count(searched, options.max_salient, residual_rest=by_salience)
     salient = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     salient[ranking[:count]] = True

@@ -43,24 +43,24 @@ def search_column_count(magnitudes: Tensor, limit: int, *, residual_rest: bool) 
     if limit == 0:
         return 0
     counts = torch.arange(1, limit + 1, device=columns.device).unsqueeze(1)
-    sums = magnitudes.cumsum(1)
-    leading = sums[:, :limit].T.contiguous()
-    rest = sums[:, -1] - leading
-    center = leading / counts
-    residual = 2 * (_leading_maxima(columns, center) - leading)
-    gains = (leading.square() + residual.square()) / counts
     rest_counts = (k - counts).clamp(min=1)
+    leading = columns[:limit].cumsum(0)
+    rest = columns.sum(0) - leading
+    # First the leading columns' centers, then, if the rest is binarized twice too, the rest's.
+    centers = [leading / counts, rest / rest_counts][: 1 + residual_rest]
+    maxima = _leading_maxima(columns, torch.stack(centers, dim=1)).unbind(1)
+    residual = 2 * (maxima[0] - leading)
+    gains = (leading.square() + residual.square()) / counts + rest.square() / rest_counts
     if residual_rest:
         # The rest's maxima are those of the whole row, a prefix sum in sorted order, less the leading columns'.
-        center = rest / rest_counts
-        maxima = _row_maxima(magnitudes, center.T.contiguous()).T - _leading_maxima(columns, center)
-        gains += (2 * (maxima - rest)).square() / rest_counts
-    gains += rest.square() / rest_counts
+        rest_maxima = _row_maxima(magnitudes, centers[1].T.contiguous()).T - maxima[1]
+        gains += (2 * (rest_maxima - rest)).square() / rest_counts
     return 1 + int(gains.sum(1).argmax())
 
 
 def _leading_maxima(columns: Tensor, centers: Tensor) -> Tensor:
-    """sum over the first c columns of max(x, centers[c-1]), for every c; columns [k, n], centers [limit, n]."""
+    """sum over the first c columns of max(x, center), for every c; columns [k, n], centers and result [limit, t, n]."""
+    columns = columns.unsqueeze(1)
     return torch.stack([torch.maximum(columns[:c], center).sum(0) for c, center in enumerate(centers, start=1)])
 
 
