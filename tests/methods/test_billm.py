@@ -162,18 +162,16 @@ def group_code(weight: Tensor, mean: bool) -> SplitCode:
 
 
 @pytest.mark.parametrize("mean", [False, True])
-def test_reassigned_ordinary_weights_get_the_nearest_value_of_their_part(mean: bool) -> None:
+def test_reassigned_ordinary_weights_get_the_nearest_of_four_values(mean: bool) -> None:
     weight = skewed_weight(60, 24)
     code = group_code(weight, mean)
     column = int((~code.salient).nonzero()[0])
     drifted = weight[:, column] + 0.5 * torch.randn(60, generator=torch.Generator().manual_seed(1))
-    part = code.second[:, column].long().unsqueeze(1)
     found = code.assign(column, drifted)
-    assert torch.equal(code.second[:, column].long().unsqueeze(1), part)
     assert torch.equal(found, code.values()[:, column])
-    scale = code.scales.float().gather(1, part)[:, 0]
-    center = code.means.float().gather(1, part)[:, 0] if code.means is not None else 0
-    nearest = torch.minimum((center + scale - drifted).abs(), (center - scale - drifted).abs())
+    centers = code.means.float() if code.means is not None else torch.zeros(60, 2)
+    choices = torch.cat([centers + code.scales.float(), centers - code.scales.float()], dim=1)
+    nearest = (choices - drifted.unsqueeze(1)).abs().amin(1)
     assert torch.allclose((found - drifted).abs(), nearest, atol=1e-6)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from matrices import damped, hessian_of, random_factor, random_inputs, random_weight
 from signbit.calibration.hessian import Factor, factorize
 from signbit.methods import sweep as module
-from signbit.methods.options import Feedback
+from signbit.methods.options import Feedback, SweepOptions
 from signbit.methods.sweep import sweep
 
 
@@ -42,7 +42,7 @@ class Recorder:
 def run(weight: Tensor, factor: Factor | None, size: int, feedback: Feedback) -> tuple[Recorder, Tensor]:
     """The recorder, and the quantized matrix."""
     recorder = Recorder()
-    codes = sweep(weight, factor, size, recorder, feedback)
+    codes = sweep(weight, factor, size, recorder, SweepOptions(feedback=feedback))
     return recorder, torch.cat([code.values() for code in codes], dim=1)
 
 

@@ -41,11 +41,10 @@ from torch import Tensor
 
 from signbit.calibration.hessian import Factor
 from signbit.layouts import SplitPlanes
-from signbit.layouts.base import select
 from signbit.layouts.bits import as_signs
 from signbit.layouts.split_planes import ordinary_values, salient_values
 from signbit.methods.binarize import binarize
-from signbit.methods.options import Feedback, Method, MethodOptions
+from signbit.methods.options import Method, SweepOptions
 from signbit.methods.salience import Salience, salience, search_column_count
 from signbit.methods.split import Grid, search_threshold
 from signbit.methods.sweep import sweep
@@ -54,14 +53,13 @@ from signbit.timing import phase
 SearchOn = Literal["weights", "salience"]
 
 
-class BiLLMOptions(MethodOptions):
+class BiLLMOptions(SweepOptions):
     salience: Salience = Field("hessian", description="what makes a weight salient")
     max_salient: int = Field(49, ge=0, description="most salient columns in a group; 0: none")
     column_search: SearchOn = Field("salience", description="whose error the search of salient columns minimises")
     split_search: SearchOn = Field("weights", description="what is split, and whose error that search minimises")
     split_grid: Grid = Field("quantile", description="candidates: quantiles, or fractions of the largest")
     split_candidates: int = Field(81, ge=1, le=4096, description="how many thresholds the split search tries")
-    feedback: Feedback = Field("diagonal", description="how the sweep passes a group's error on")
 
 
 @dataclass
@@ -82,7 +80,7 @@ class SplitCode:
         return values
 
     def assign(self, column: int, weights: Tensor) -> Tensor:
-        """Nearest value of the frozen codebook; an ordinary weight stays in its part."""
+        """The nearest of a weight's four values, its part or its residual's sign included."""
         at = slice(column, column + 1)
         deviation = weights.unsqueeze(1)
         if self.salient[column]:
@@ -96,10 +94,27 @@ class SplitCode:
             self.negative[:, at] = torch.where(swapped, smaller, larger)
             self.second[:, at] = torch.where(swapped, larger, smaller)
             return self._salient(at).squeeze(1)
-        if self.means is not None:
-            deviation = deviation - select(self.second[:, at].float(), _pair(self.means))
-        self.negative[:, at] = deviation < 0
+        deviations = [deviation] * 2 if self.means is None else [deviation - mean for mean in _pair(self.means)]
+        low, high = ((part.abs() - scale).abs() for part, scale in zip(deviations, _pair(self.scales), strict=True))
+        sparse = high < low
+        self.second[:, at] = sparse
+        self.negative[:, at] = torch.where(sparse, deviations[1], deviations[0]) < 0
         return self._ordinary(at).squeeze(1)
+
+    def features(self) -> Tensor:
+        signs, second = as_signs(self.negative), self.second.float()
+        salient = self.salient.float()
+        parts = [(1 - second) * (1 - salient), second * (1 - salient)]
+        features = [signs * part for part in parts] + [signs * salient, (1 - 2 * second) * salient]
+        if self.means is not None:
+            features += [*parts, salient.expand_as(signs)]
+        return torch.stack(features)
+
+    def set_coefficients(self, coefficients: Tensor) -> None:
+        c, dtype = coefficients.T, self.scales.dtype
+        self.scales, self.salient_scales = c[:, :2].abs().to(dtype), c[:, 2:4].abs().to(dtype)
+        if self.means is not None:
+            self.means, self.salient_mean = c[:, 4:6].to(dtype), c[:, 6].to(dtype)
 
     # The layout's own sums, so that packing changes nothing.
 
@@ -178,7 +193,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: BiLLMOptions) -> Sp
         factor,
         size,
         lambda block, columns: quantize_group(block, diagonal[columns], options),
-        options.feedback,
+        options,
     )
     with phase("packing"):
         marked = [code for code in codes if bool(code.salient.any())]

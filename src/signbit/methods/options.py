@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from signbit.calibration.hessian import Factor
@@ -31,6 +31,20 @@ class MethodOptions(BaseModel):
     @property
     def storage(self) -> Any:
         return SCALE_DTYPES[self.scale_dtype]
+
+
+class SweepOptions(MethodOptions):
+    """Options of the methods that sweep over columns with error feedback (sweep.py, descent.py)."""
+
+    feedback: Feedback = Field("diagonal", description="how the sweep passes a group's error on")
+    refits: int = Field(0, ge=0, le=100, description="rounds of least squares on a group's coefficients in the sweep")
+    passes: int = Field(0, ge=0, le=100, description="rounds of coordinate descent over the matrix after the sweep")
+
+    @model_validator(mode="after")
+    def _refits_need_feedback(self) -> Self:
+        if self.refits and self.feedback == "none":
+            raise ValueError("refits need feedback, which is none")
+        return self
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from signbit.layouts import SignPlanes
 from signbit.layouts.bits import as_signs
 from signbit.layouts.sign_planes import reconstruct
 from signbit.methods.binarize import binarize
-from signbit.methods.options import Feedback, Method, MethodOptions
+from signbit.methods.options import Method, MethodOptions, SweepOptions
 from signbit.methods.sweep import sweep
 from signbit.timing import phase
 
@@ -57,6 +57,17 @@ class PlanesCode:
             residual = residual - scale * as_signs(residual < 0)
         return self._values_of(self.negative[:, :, at]).squeeze(1)
 
+    def features(self) -> Tensor:
+        signs = as_signs(self.negative)
+        return signs if self.mean is None else torch.cat([signs, torch.ones_like(signs[:1])])
+
+    def set_coefficients(self, coefficients: Tensor) -> None:
+        if self.mean is not None:
+            self.mean = coefficients[-1].to(self.mean.dtype)
+        # Larger scales first: then the greedy choice of signs is the nearest of all values.
+        scales = coefficients[: len(self.scales)].abs().sort(0, descending=True).values
+        self.scales = scales.to(self.scales.dtype)
+
     def _values_of(self, negative: Tensor) -> Tensor:
         # The layout's own sum, so that packing changes nothing.
         means = None if self.mean is None else self.mean.float().unsqueeze(1)
@@ -64,7 +75,7 @@ class PlanesCode:
 
 
 def quantize_planes(
-    weight: Tensor, factor: Factor | None, options: MethodOptions, planes: int, feedback: Feedback
+    weight: Tensor, factor: Factor | None, options: MethodOptions, planes: int, sweep_options: SweepOptions | None
 ) -> SignPlanes:
     """Sweep ``weight`` with sign planes per row and group."""
     size = options.groups_of(weight.shape[1])
@@ -73,7 +84,7 @@ def quantize_planes(
         factor,
         size,
         lambda block, _: PlanesCode.fit(block, planes, options.mean, options.storage),
-        feedback,
+        sweep_options,
     )
     with phase("packing"):
         return SignPlanes.encode(
@@ -85,7 +96,7 @@ def quantize_planes(
 
 
 def quantize(weight: Tensor, factor: Factor | None, options: SignOptions) -> SignPlanes:
-    return quantize_planes(weight, None, options, options.planes, "none")
+    return quantize_planes(weight, None, options, options.planes, None)
 
 
 METHOD = Method(

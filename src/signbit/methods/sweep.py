@@ -10,8 +10,12 @@ which is GPTQ's update (arXiv 2210.17323) for a whole group at once. Ways to obt
     none       nothing is fed back
     diagonal   U_bb is replaced by its diagonal: what the released code of BiLLM, STBLLM, ARB-LLM and HBLLM does
     block      the exact formula above; U^-1 is at hand, so it is one small matrix product
-    column     GPTQ proper: the group's codebook is fitted from the group's weights at entry and frozen, then its
+    column     GPTQ proper: the group's coefficients are fitted from the group's weights at entry and frozen, then its
                columns are quantized one by one, each passing its error on to the next ones inside the group too
+
+What is left of the error when the columns to come have done their best is |E|^2 = tr(D M D^T) with D = W_b - Q_b and
+M = U_bb^-1 U_bb^-T. ``refits`` fits the group's coefficients again by least squares in that metric, given the choices
+made, and makes the choices anew, so many times. ``passes`` goes over the finished matrix again (descent.py).
 """
 
 from __future__ import annotations
@@ -23,22 +27,35 @@ import torch
 from torch import Tensor
 
 from signbit.calibration.hessian import Factor
-from signbit.methods.options import Feedback
+from signbit.methods.descent import descend, least_squares
+from signbit.methods.options import SweepOptions
 from signbit.timing import phase
 
-# Columns between two updates of the rest of the matrix in a column-by-column sweep (GPTQ's lazy batch).
+# Columns between two updates of the rest of a group in a column-by-column sweep (GPTQ's lazy batch).
 LAZY_COLUMNS = 128
 
 
 class GroupCode(Protocol):
-    """The decision for one group of columns."""
+    """The decision for one group of columns: a discrete choice for each weight, and coefficients for each row, in which
+    the values are linear."""
 
     def values(self) -> Tensor:
         """What the layout will dequantize to, float32 [n, k]."""
         ...
 
     def assign(self, column: int, weights: Tensor) -> Tensor:
-        """Choose anew the signs of one column for these weights [n], codebook frozen; its new values [n]."""
+        """Choose one column's nearest values to these weights [n], coefficients frozen; its new values [n]."""
+        ...
+
+    def features(self) -> Tensor:
+        """Float32 [F, n, k]: the values are the sum over F of coefficient [F, n] times feature."""
+        ...
+
+    def set_coefficients(self, coefficients: Tensor) -> None:
+        """Take these [F, n], rounded to storage dtype, in place of those there are.
+
+        Scales may come out negative: then take their size, the choices will be made anew.
+        """
         ...
 
 
@@ -50,46 +67,67 @@ def sweep(
     factor: Factor | None,
     group_size: int,
     quantize_group: Callable[[Tensor, slice], Code],
-    feedback: Feedback,
+    options: SweepOptions | None,
 ) -> list[Code]:
-    """Quantize ``weight`` [n, m] in groups of columns, left to right.
+    """Quantize ``weight`` [n, m] in groups of columns, left to right; without factor or options each by itself.
 
     ``quantize_group(weights [n, k], columns)`` decides on one group; ``columns`` says where it stands in the matrix.
     """
     m = weight.shape[1]
     size = group_size or m
-    weight = weight.clone()
-    if factor is None:
-        feedback = "none"
-    else:
-        weight[:, factor.dead] = 0
+    groups = [slice(start, min(start + size, m)) for start in range(0, m, size)]
+    if factor is None or options is None:
+        return [quantize_group(weight[:, columns], columns) for columns in groups]
+    weight = weight * ~factor.dead
+    work = weight.clone()
     codes = []
-    for start in range(0, m, size):
-        columns = slice(start, min(start + size, m))
-        code = quantize_group(weight[:, columns], columns)
+    for columns in groups:
+        code = quantize_group(work[:, columns], columns)
         codes.append(code)
         with phase("sweep"):
-            if factor is not None and feedback == "column":
-                _column_feedback(weight, factor.upper, columns, code)
-            elif factor is not None and feedback != "none" and columns.stop < m:
-                error = weight[:, columns] - code.values()
-                if feedback == "diagonal":
-                    error /= factor.upper.diagonal()[columns]
-                else:
-                    error = error @ factor.inverse[columns, columns]
-                weight[:, columns.stop :] -= error @ factor.upper[columns, columns.stop :]
+            error = _group_error(work[:, columns], factor, columns, code, options)
+            if error is not None and columns.stop < m:
+                work[:, columns.stop :] -= error @ factor.upper[columns, columns.stop :]
+    if options.passes:
+        with phase("descent"):
+            descend(weight, factor, groups, codes, options.passes)
     return codes
 
 
-def _column_feedback(weight: Tensor, upper: Tensor, columns: slice, code: GroupCode) -> None:
-    """Quantize the columns of one group one by one, updating ``weight`` in place."""
-    for start in range(columns.start, columns.stop, LAZY_COLUMNS):
-        stop = min(start + LAZY_COLUMNS, columns.stop)
-        batch = weight[:, start:stop].T.contiguous()
-        errors = torch.empty_like(batch)
-        within = upper[start:stop, start:stop]
-        for i in range(stop - start):
-            quantized = code.assign(start + i - columns.start, batch[i])
-            errors[i] = (batch[i] - quantized) / within[i, i]
-            batch[i + 1 :].addr_(within[i, i + 1 :], errors[i], alpha=-1)
-        weight[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1)
+def _group_error(
+    weight: Tensor, factor: Factor, columns: slice, code: GroupCode, options: SweepOptions
+) -> Tensor | None:
+    """Settle the code of one group with weights [n, k]; the error E that it passes on."""
+    if options.feedback == "none":
+        return None
+    upper, root = factor.upper[columns, columns], factor.inverse[columns, columns]
+    by_column = options.feedback == "column"
+    if by_column:
+        _quantize_columns(weight, upper, code)
+    if options.refits:
+        metric = root @ root.T
+        product = weight @ metric
+    for _ in range(options.refits):
+        code.set_coefficients(least_squares(code.features(), product, metric))
+        if by_column:
+            _quantize_columns(weight, upper, code)
+        else:
+            for j in range(weight.shape[1]):
+                code.assign(j, weight[:, j])
+    error = weight - code.values()
+    return error / upper.diagonal() if options.feedback == "diagonal" else error @ root
+
+
+def _quantize_columns(weight: Tensor, upper: Tensor, code: GroupCode) -> None:
+    """Quantize the columns of one group [n, k] one by one, each passing its error on to those after it."""
+    k = weight.shape[1]
+    work = weight.T.contiguous()
+    for start in range(0, k, LAZY_COLUMNS):
+        stop = min(start + LAZY_COLUMNS, k)
+        errors = torch.empty_like(work[start:stop])
+        for j in range(start, stop):
+            error = errors[j - start]
+            torch.sub(work[j], code.assign(j, work[j]), out=error)
+            error /= upper[j, j]
+            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)

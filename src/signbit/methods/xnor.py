@@ -13,18 +13,18 @@ from torch import Tensor
 
 from signbit.calibration.hessian import Factor
 from signbit.layouts import SignPlanes
-from signbit.methods.options import Feedback, Method, MethodOptions
+from signbit.methods.options import Feedback, Method, SweepOptions
 from signbit.methods.sign import quantize_planes
 
 
-class XnorOptions(MethodOptions):
+class XnorOptions(SweepOptions):
     mean: bool = Field(False, description="subtract and store a mean for every group")
     planes: int = Field(1, ge=1, le=8, description="sign planes; each binarizes the residual of those before")
     feedback: Feedback = Field("column", description="how the sweep passes a group's error on")
 
 
 def quantize(weight: Tensor, factor: Factor | None, options: XnorOptions) -> SignPlanes:
-    return quantize_planes(weight, factor, options, options.planes, options.feedback)
+    return quantize_planes(weight, factor, options, options.planes, options)
 
 
 METHOD = Method(
