@@ -42,7 +42,7 @@ def size(entry: dict[str, Any]) -> int:
 # --- honest bits ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["billm", "xnor", "sign"])
+@pytest.mark.parametrize("method", ["billm", "arb-llm", "pb-llm", "xnor", "sign"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_bits_are_the_files_bytes(family: str, method: str, packed_dir: MakeDir, tiny_dir: MakeDir) -> None:
     packed = packed_dir(family, method=method)

@@ -111,7 +111,7 @@ def test_nothing_dense_is_loaded(family: str, codec: str, packed_dir: MakeDir) -
     stored = load_file(packed / "model.safetensors")
     state = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values()
     assert sum(t.nbytes for t in state) == sum(t.nbytes for t in stored.values())
-    shapes = {layer.shape for layer in layers_of(packed).values() if layer.kind != "integer_rows"}
+    shapes = {layer.shape for layer in layers_of(packed).values() if layer.kind != "integers"}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         assert not tensor.is_floating_point() or tuple(tensor.shape) not in shapes, name
         assert not tensor.is_floating_point() or tuple(tensor.shape[::-1]) not in shapes, name

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from signbit.kernels import matmul, reference
-from signbit.layouts import IntegerRows, Layout, SignPlanes, SplitPlanes
+from signbit.layouts import Integers, Layout, Partial, SignPlanes, SplitPlanes, Structured
+from signbit.methods.pruning import keep_best
+from signbit.methods.rtn import integer_rows
 from signbit.modules import QuantizedLinear, TiedHead, quantized_embedding
 
 SHAPES = [(1, 1), (1, 576), (100, 1), (100, 100), (100, 576), (576, 100)]
@@ -45,11 +47,46 @@ def split_planes(n: int, m: int) -> Layout:
     )
 
 
-def integer_rows(n: int, m: int) -> Layout:
-    return IntegerRows.quantize(random(n, m), 4, "float16")
+def integers(n: int, m: int) -> Layout:
+    groups = -(-m // 64)
+    codes = torch.arange(n * m).view(n, m) * 7 % 8
+    return Integers.encode(codes.byte(), coefficients(n, groups), codes[:, :groups].byte(), 3, 64)
 
 
-LAYOUTS: list[Make] = [sign_planes, split_planes, integer_rows]
+def partial(n: int, m: int) -> Layout:
+    groups = -(-m // 64)
+    return Partial.encode(
+        negative=random(n, m) < 0,
+        scales=coefficients(n, groups),
+        means=None,
+        salient=random(m, n).T > 1,
+        q=random(n, m).abs().clamp(max=7).to(torch.uint8),
+        code_bits=4,
+        code_scales=coefficients(n, groups),
+        code_offsets=coefficients(n, groups),
+        group_size=64,
+    )
+
+
+def structured(n: int, m: int) -> Layout:
+    groups = -(-m // 64)
+    salient = torch.arange(m) % 3 == 0
+    return Structured.encode(
+        kept=keep_best(random(n, m), 3, 8),
+        keep=3,
+        of=8,
+        negative=random(m, n).T < 0,
+        region=((random(n, m) > 0) * (~salient + 1)).to(torch.uint8),
+        salient=salient,
+        scales=coefficients(n, groups, 3),
+        means=None,
+        salient_scales=coefficients(n, groups, 2),
+        salient_means=None,
+        group_size=64,
+    )
+
+
+LAYOUTS: list[Make] = [partial, sign_planes, split_planes, structured, integers]
 
 
 def check(y: Tensor, x: Tensor, layout: Layout) -> None:
@@ -141,7 +178,7 @@ def test_embeddings_are_looked_up_and_scaled(dtype: torch.dtype) -> None:
             return super().forward(ids) * self.embed_scale.to(self.weight.dtype)
 
     scaled = Scaled().requires_grad_(False)
-    packed = IntegerRows.quantize(scaled.weight, 8, "float16")
+    packed = integer_rows(scaled.weight, 8, "float16")
     ids = torch.tensor([[0, 29, 3], [3, 3, 7]])
     scaled.weight.data = packed.dequantize()
     scaled.to(dtype)
@@ -151,13 +188,13 @@ def test_embeddings_are_looked_up_and_scaled(dtype: torch.dtype) -> None:
 
 
 def test_plain_embeddings_are_not_scaled() -> None:
-    packed = IntegerRows.quantize(random(30, 12), 4, "float16")
+    packed = integer_rows(random(30, 12), 4, "float16")
     ids = torch.tensor([5, 0, 29])
     assert torch.equal(quantized_embedding(nn.Embedding(30, 12), packed, torch.float32)(ids), packed.dequantize()[ids])
 
 
 def test_a_tied_head_multiplies_by_the_embeddings() -> None:
-    packed = IntegerRows.quantize(random(30, 12), 8, "float16")
+    packed = integer_rows(random(30, 12), 8, "float16")
     head = TiedHead(quantized_embedding(nn.Embedding(30, 12), packed, torch.float32), None)
     x = random(2, 12)
     check(head(x), x, packed)

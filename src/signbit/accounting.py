@@ -43,7 +43,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     for name, description in quantization["layers"].items():
         layout, spec = parse_spec(name, description)
         nbytes = sum(tensor.nbytes for tensor in packed[name])
-        if layout.kind == "integer_rows":  # embeddings and head
+        if name in quantization["outer_modules"]:  # embeddings and head
             row_bytes += nbytes
             continue
         count = math.prod(spec.shape)
@@ -54,8 +54,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
             items[item] = items.get(item, 0) + size
         layer = {
             "name": name,
-            "shape": list(spec.shape),
-            "layout": layout.kind,
+            **description,
             "bytes": nbytes,
             "bits_per_weight": 8 * nbytes / count,
             "nominal_bits_per_weight": bits,

@@ -10,6 +10,7 @@ block, the activations of the calibration set and the Hessians of one block are 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +35,15 @@ from signbit.calibration.tokens import check_seqlen, random_windows, tokenize
 from signbit.errors import SignbitError
 from signbit.finite import all_finite
 from signbit.journal import FinishedBlock, Journal, block_name
-from signbit.layouts import IntegerRows, Layout, describe, parse_spec
+from signbit.layouts import Layout, describe, parse_spec
 from signbit.memory import return_free_memory
+from signbit.methods.options import LinearSurvey, MethodOptions, Survey
+from signbit.methods.rtn import integer_rows
 from signbit.modules import QuantizedLinear, quantized_embedding
 from signbit.progress import Progress
 from signbit.recipe import Recipe
 from signbit.report.quantization import LayerReport, QuantizationReport
-from signbit.source import Source, set_parameter
+from signbit.source import Source, release, set_parameter
 from signbit.timing import phase
 
 # Tokens that go through a block at once: enough for full matrix speed, few enough that activations inside a block stay
@@ -51,8 +54,10 @@ _BITS = {"int8": 8, "int4": 4}
 
 @dataclass(frozen=True)
 class _Calibration:
-    """What calibration says about one linear input."""
+    """What calibration says about one linear input: its mean, and the Hessian of what varies around it if the mean's
+    error is put right by a bias, else the Hessian of all."""
 
+    mean: Tensor | None
     hessian: Tensor
     factor: Factor
     notes: list[str]
@@ -75,6 +80,7 @@ class BlockwiseRun:
         self.outer_specs: dict[str, dict[str, Any]] = {}
         self.outer_modules: list[str] = []
         self.windows: Tensor | None = None
+        self.options: list[MethodOptions] = []
         linears = {f"{self.prefix}.{i}.{name}" for i, block in enumerate(self.blocks) for name in linears_of(block)}
         self.example = min(linears)
         self.skipped = self._skipped(linears)
@@ -103,6 +109,7 @@ class BlockwiseRun:
         with phase("loading"):
             self._store_outer()
         inputs = self._calibration_inputs()
+        self.options = self._options_of_blocks(inputs)
         done = 0
         while done < len(self.blocks) and self.journal.has(block_name(done)):
             done += 1
@@ -171,7 +178,7 @@ class BlockwiseRun:
             self.outer_modules.append(name)
             tensors = {}
             if codec != "keep":
-                packed = IntegerRows.quantize(
+                packed = integer_rows(
                     self.source.tensor(f"{name}.weight"), _BITS[codec], self.recipe.options.scale_dtype
                 )
                 self.outer_specs[name] = describe(packed)
@@ -240,11 +247,55 @@ class BlockwiseRun:
         writer.tie_weights()
         return write_tokens(writer.to(self.device).eval(), common.samples, common.seqlen, common.seed, self.progress)
 
+    def _options_of_blocks(self, inputs: BlockInputs | None) -> list[MethodOptions]:
+        """What the method makes of its options for each block, once a run."""
+        kept = self.journal.read_options()
+        if kept is not None:
+            return [type(self.recipe.options)(**fields) for fields in kept]
+        with phase("allocation"):
+            options = self.recipe.method.allocate(self._survey(inputs), self.recipe.options)
+        if options is None:
+            return [self.recipe.options] * len(self.blocks)
+        self.journal.write_options([block.model_dump(mode="json") for block in options])
+        return options
+
+    def _survey(self, calibration: BlockInputs | None) -> Survey:
+        def survey(*, inputs: bool) -> Iterator[dict[str, LinearSurvey]]:
+            original = calibration if inputs else None
+            # Blocks run here are the original ones: afterwards all begins again with what goes into the first.
+            hidden = [] if original is None else list(original.hidden)
+            for index, block in enumerate(self.blocks):
+                linears = self._linears(index)
+                self._load_block(index, set(linears))
+                capture = HessianCapture(dict(linears))
+                if original is not None:
+                    with capture.watching(block):
+                        original.run(index, keep=True)
+                yield {
+                    name: LinearSurvey(
+                        weight=dense_weight(linear, linear.weight).float(),
+                        power=None if original is None else self._power(capture, name, linear),
+                    )
+                    for name, linear in linears.items()
+                }
+                release(block)
+                return_free_memory()
+            if original is not None:
+                original.hidden = hidden
+
+        return survey
+
+    def _power(self, capture: HessianCapture, name: str, linear: Linear) -> Tensor:
+        accumulator = capture.hessians.get(capture.leader.get(name, name))
+        if accumulator is None:
+            return torch.ones(dense_shape(linear)[1], device=self.device)
+        return accumulator.hessian().diagonal()
+
     # Blocks --------------------------------------------------------------------------------------------------------
 
     def _quantize_block(self, index: int, inputs: BlockInputs | None) -> FinishedBlock:
         block, prefix = self.blocks[index], f"{self.prefix}.{index}"
-        linears = {name: linear for name, linear in linears_of(block).items() if f"{prefix}.{name}" not in self.skipped}
+        linears = self._linears(index)
         with phase("loading"):
             self._load_block(index, set(linears))
         capture = HessianCapture(dict(linears))
@@ -256,7 +307,7 @@ class BlockwiseRun:
             calibration = self._calibration_of(capture, prefix, names[0]) if inputs is not None else None
             for name in names:
                 linear = linears[name]
-                packed, report = self._quantize_linear(f"{prefix}.{name}", linear, calibration)
+                packed, report = self._quantize_linear(f"{prefix}.{name}", linear, calibration, self.options[index])
                 replace_module(block, name, QuantizedLinear(packed, linear.bias))
                 set_parameter(linear, "weight", torch.empty_like(linear.weight, device="meta"))  # free it now
                 layers[report.name] = describe(packed)
@@ -267,20 +318,23 @@ class BlockwiseRun:
         return FinishedBlock(layers, reports, self._stored_tensors(block, prefix))
 
     def _quantize_linear(
-        self, name: str, linear: Linear, calibration: _Calibration | None
+        self, name: str, linear: Linear, calibration: _Calibration | None, options: MethodOptions
     ) -> tuple[Layout, LayerReport]:
         weight = dense_weight(linear, linear.weight).float().contiguous()
         factor = None if calibration is None else calibration.factor
         try:
-            packed = self.recipe.method.quantize(weight, factor, self.recipe.options)
+            packed = self.recipe.method.quantize(weight, factor, options)
         except SignbitError as error:
             raise SignbitError(f"{name}: {error}") from error
         with phase("errors"):
             hessian = None if calibration is None else calibration.hessian
+            mean = None if calibration is None else calibration.mean
             quantized = packed.dequantize()
             if bool(((quantized.abs().amax(1) == 0) & (weight.abs().amax(1) > 0)).any()):
                 raise SignbitError(f"{name}: scales are too small for {packed.kind} to hold: use scale_dtype=bfloat16")
-            weight_error, output_error = layer_errors(weight, quantized, hessian)
+            if mean is not None:
+                packed = packed.with_bias((weight - quantized) @ mean)
+            weight_error, output_error = layer_errors(weight, quantized, hessian, mean)
         return packed, LayerReport(
             name=name,
             shape=list(packed.shape),
@@ -299,18 +353,22 @@ class BlockwiseRun:
         if accumulator is None:
             notes.append("no calibration token reached it: quantized with the identity as Hessian")
             width = dense_shape(self.model.get_submodule(f"{prefix}.{name}"))[1]
-            hessian = torch.eye(width, device=self.device)
+            hessian, mean = torch.eye(width, device=self.device), torch.zeros(width, device=self.device)
         else:
-            hessian = accumulator.hessian()
+            hessian, mean = accumulator.hessian(), accumulator.mean()
         if not all_finite(hessian):
             raise SignbitError(f"the input of {prefix}.{name} contains NaN or infinite values on the calibration text")
+        corrected = self.recipe.common.bias_correction
+        if corrected:
+            hessian.addr_(mean, mean, alpha=-2)
+            hessian.diagonal().clamp_(min=0)
         with phase("factorization"):
             factor = factorize(hessian, self.recipe.common.damping)
         if factor.damping > self.recipe.common.damping:
             notes.append(f"damping raised to {factor.damping:g}")
         if factor.dead.any():
             notes.append(f"{int(factor.dead.sum())} inputs are always zero")
-        return _Calibration(hessian, factor, notes)
+        return _Calibration(mean if corrected else None, hessian, factor, notes)
 
     def _load_block(self, index: int, quantized: set[str]) -> None:
         """Weights to be quantized come as they are; what stays is rounded to its storage dtype first."""
@@ -321,6 +379,11 @@ class BlockwiseRun:
             full = f"{prefix}.{name}"
             tensor = self.source.tensor(full) if owner in quantized and leaf == "weight" else self._stored(full)
             set_parameter(block, name, tensor.to(device=self.device, dtype=self.compute, copy=True))
+
+    def _linears(self, index: int) -> dict[str, Linear]:
+        """The linears of a block that are to be quantized, by their name in it."""
+        linears = linears_of(self.blocks[index])
+        return {name: one for name, one in linears.items() if f"{self.prefix}.{index}.{name}" not in self.skipped}
 
     def _stored_tensors(self, block: nn.Module, prefix: str) -> dict[str, Tensor]:
         parameters = dict(block.named_parameters())
@@ -345,12 +408,19 @@ class BlockwiseRun:
                 set_parameter(block, name, finished.tensors[f"{prefix}.{name}"].to(self.device, self.compute))
 
 
-def layer_errors(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> tuple[float, float | None]:
-    """|W - Q| / |W|, and tr(D H D^T) / tr(W H W^T) with D = W - Q; 0 for a layer of zeros."""
+def layer_errors(
+    weight: Tensor, quantized: Tensor, hessian: Tensor | None, mean: Tensor | None = None
+) -> tuple[float, float | None]:
+    """|W - Q| / |W|, and tr(D H D^T) / tr(W H W^T) with D = W - Q; 0 for a layer of zeros.
+
+    mean: what H was taken around, if the error of the mean has been put right.
+    """
     difference = weight - quantized
     norm = float(weight.norm())
     weight_error = float(difference.norm()) / norm if norm else 0.0
     if hessian is None:
         return weight_error, None
     power = quadratic(weight, hessian)
+    if mean is not None:
+        power += 2 * float((weight @ mean).square().sum())
     return weight_error, quadratic(difference, hessian) / power if power else 0.0

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from signbit import checkpoint
 from signbit.architectures import dense_shape, replace_module, unfuse_experts
 from signbit.errors import SignbitError
-from signbit.layouts import IntegerRows, parse_spec
+from signbit.layouts import Integers, parse_spec
 from signbit.modules import QuantizedLinear, TiedHead, quantized_embedding
 from signbit.safetensors_file import read_header
 
@@ -85,7 +85,7 @@ class SignbitQuantizer(HfQuantizer):
                 raise SignbitError(f"{name} is {list(shape)}, but its layout in config.json is {list(spec.shape)}")
             if module is embeddings:
                 packed = layout(spec, device="meta")
-                if not isinstance(packed, IntegerRows):
+                if not isinstance(packed, Integers):
                     raise SignbitError(f"{name}: embeddings cannot be stored as {layout.kind}")
                 rows = quantized_embedding(module, packed, compute)
                 _replace(model, name, rows)

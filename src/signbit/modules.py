@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from signbit import kernels
 from signbit.errors import SignbitError
-from signbit.layouts import IntegerRows, Layout, LayoutSpec
+from signbit.layouts import Integers, Layout, LayoutSpec
 
 
 class QuantizedLinear(nn.Module):
@@ -33,6 +33,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = kernels.matmul(x, self.packed)
+        if self.packed.spec.bias:
+            y = y + self.packed.get_buffer("bias").to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -44,7 +46,7 @@ class QuantizedEmbedding(nn.Module):
 
     like: Tensor
 
-    def __init__(self, packed: IntegerRows, dtype: torch.dtype, scale: float | None = None) -> None:
+    def __init__(self, packed: Integers, dtype: torch.dtype, scale: float | None = None) -> None:
         super().__init__()
         self.packed = packed
         # Empty; it has the dtype that the model is cast to.
@@ -57,7 +59,7 @@ class QuantizedEmbedding(nn.Module):
         return vectors if self.scale is None else vectors * torch.tensor(self.scale, dtype=vectors.dtype)
 
 
-def quantized_embedding(original: nn.Module, packed: IntegerRows, dtype: torch.dtype) -> QuantizedEmbedding:
+def quantized_embedding(original: nn.Module, packed: Integers, dtype: torch.dtype) -> QuantizedEmbedding:
     """The stand-in for ``original``; SignbitError if that does more than to look up and scale."""
     scale = getattr(original, "scalar_embed_scale", getattr(original, "embed_scale", None))
     if type(original).forward is not nn.Embedding.forward and scale is None:

@@ -42,6 +42,7 @@ class CommonOptions(BaseModel):
     seqlen: int = Field(2048, ge=2, description="tokens in a calibration sequence")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
     damping: float = Field(0.01, ge=0, le=10, description="added to the Hessian, as a fraction of its mean diagonal")
+    bias_correction: bool = Field(False, description="store what each linear's outputs are off by on average")
     skip: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
         (), description="shell patterns of modules to leave unquantized, as '*.down_proj'"
     )
@@ -71,6 +72,8 @@ class Recipe:
         self.options: MethodOptions = _validate(options, fields)
         if self.method.calibrated and self.common.samples == 0:
             raise SignbitError(f"method {name} needs calibration: samples must be at least 1")
+        if self.common.bias_correction and self.common.samples == 0:
+            raise SignbitError("bias_correction needs calibration: samples must be at least 1")
 
     @classmethod
     def load(cls, name_or_file: str, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -13,7 +13,9 @@ from signbit.layouts import LAYOUTS, SignPlanes, describe, parse_spec
 from signbit.layouts.base import SCALE_DTYPES
 
 
-def random_parts(planes: int, n: int, m: int, group_size: int, mean: bool, dtype: str, seed: int = 0) -> dict[str, Any]:
+def random_parts(
+    planes: int, n: int, m: int, group_size: int, mean: bool, dtype: str, columns: bool = False, seed: int = 0
+) -> dict[str, Any]:
     """Arguments of encode."""
     generator = torch.Generator().manual_seed(seed)
     groups = 1 if group_size == 0 else -(-m // group_size)
@@ -22,10 +24,13 @@ def random_parts(planes: int, n: int, m: int, group_size: int, mean: bool, dtype
         "scales": torch.rand(planes, n, groups, generator=generator).to(SCALE_DTYPES[dtype]),
         "means": torch.randn(n, groups, generator=generator).to(SCALE_DTYPES[dtype]) if mean else None,
         "group_size": group_size,
+        "column_scales": torch.randn(m, generator=generator).to(SCALE_DTYPES[dtype]) if columns else None,
     }
 
 
-def slow(negative: Tensor, scales: Tensor, means: Tensor | None, group_size: int) -> Tensor:
+def slow(
+    negative: Tensor, scales: Tensor, means: Tensor | None, group_size: int, column_scales: Tensor | None
+) -> Tensor:
     """Weight by weight, plane after plane, each sum and product rounded to float32."""
     planes, n, m = negative.shape
     values = np.zeros((n, m), np.float32)
@@ -36,7 +41,8 @@ def slow(negative: Tensor, scales: Tensor, means: Tensor | None, group_size: int
             for plane in range(planes):
                 scale = np.float32(scales[plane, i, group].item())
                 value = value + (-scale if negative[plane, i, j] else scale)
-            values[i, j] = value if means is None else value + np.float32(means[i, group].item())
+            value = value if means is None else value + np.float32(means[i, group].item())
+            values[i, j] = value if column_scales is None else value * np.float32(column_scales[j].item())
     return torch.from_numpy(values)
 
 
@@ -47,6 +53,7 @@ shapes = st.fixed_dictionaries(
         "m": st.integers(1, 70),
         "group_size": st.sampled_from([0, 1, 7, 32, 33, 64, 128]),
         "mean": st.booleans(),
+        "columns": st.booleans(),
         "dtype": st.sampled_from(list(SCALE_DTYPES)),
         "seed": st.integers(0, 2**31),
     }
@@ -83,10 +90,11 @@ def test_description_and_tensors_make_the_layout_again(shape: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("mean", [False, True])
-def test_items(mean: bool) -> None:
-    layout = SignPlanes.encode(**random_parts(2, 3, 100, 64, mean, "float16"))
+@pytest.mark.parametrize("columns", [False, True])
+def test_items(mean: bool, columns: bool) -> None:
+    layout = SignPlanes.encode(**random_parts(2, 3, 100, 64, mean, "float16", columns))
     # 2 planes of 3 rows of 4 words; 2 planes x 3 rows x 2 groups of 2 bytes
-    assert layout.items() == {"signs": 96, "scales": 24} | ({"means": 12} if mean else {})
+    assert layout.items() == {"signs": 96, "scales": 24 + 200 * columns} | ({"means": 12} if mean else {})
     assert layout.nominal_bits == 2
 
 
@@ -158,7 +166,12 @@ def test_an_unknown_layout_is_refused_with_the_known_ones(kind: Any) -> None:
     assert all(known in str(caught.value) for known in LAYOUTS)
 
 
+def test_a_description_from_before_column_scales_has_none() -> None:
+    description = {key: value for key, value in GOOD.items() if key != "column_scales"}
+    assert parse_spec("q_proj", description) == parse_spec("q_proj", GOOD)
+
+
 def test_a_description_without_a_field_is_refused() -> None:
-    for field in GOOD.keys() - {"layout"}:
+    for field in GOOD.keys() - {"layout", "column_scales"}:
         with pytest.raises(SignbitError, match="damaged layout description"):
             parse_spec("q_proj", {key: value for key, value in GOOD.items() if key != field})

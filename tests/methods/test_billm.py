@@ -10,8 +10,9 @@ from signbit.calibration.hessian import Factor, factorize, quadratic
 from signbit.layouts import SplitPlanes
 from signbit.layouts.bits import unpack_bits
 from signbit.methods import billm
-from signbit.methods.billm import BiLLMOptions, SplitCode, quantize_group
+from signbit.methods.billm import BiLLMOptions, quantize_group
 from signbit.methods.options import Feedback
+from signbit.methods.split_code import SplitCode
 
 FEEDBACKS = get_args(Feedback)
 
@@ -152,44 +153,6 @@ def test_packing_changes_nothing(
     layout = quantize(skewed_weight(5, 70), group_size=32, **options)
     assert len(codes) == 3
     assert torch.equal(layout.dequantize(), torch.cat([code.values() for code in codes], dim=1))
-
-
-def group_code(weight: Tensor, mean: bool) -> SplitCode:
-    """A code with ordinary and with salient columns."""
-    code = quantize_group(weight, torch.ones(weight.shape[1]), BiLLMOptions(mean=mean, column_search="weights"))
-    assert 1 < code.salient.sum() < weight.shape[1]
-    return code
-
-
-@pytest.mark.parametrize("mean", [False, True])
-def test_reassigned_ordinary_weights_get_the_nearest_of_four_values(mean: bool) -> None:
-    weight = skewed_weight(60, 24)
-    code = group_code(weight, mean)
-    column = int((~code.salient).nonzero()[0])
-    drifted = weight[:, column] + 0.5 * torch.randn(60, generator=torch.Generator().manual_seed(1))
-    found = code.assign(column, drifted)
-    assert torch.equal(found, code.values()[:, column])
-    centers = code.means.float() if code.means is not None else torch.zeros(60, 2)
-    choices = torch.cat([centers + code.scales.float(), centers - code.scales.float()], dim=1)
-    nearest = (choices - drifted.unsqueeze(1)).abs().amin(1)
-    assert torch.allclose((found - drifted).abs(), nearest, atol=1e-6)
-
-
-@pytest.mark.parametrize("mean", [False, True])
-def test_reassigned_salient_weights_get_the_nearest_value(mean: bool) -> None:
-    """In heavy-tailed rows of few columns the residual's scale may be larger than the first: here in one row of two."""
-    weight = skewed_weight(60, 24)
-    code = group_code(weight, mean)
-    code.salient_scales[::2] = code.salient_scales[::2].sort(dim=1).values
-    first, second = code.salient_scales.float().unbind(1)
-    assert (second > first).any() and (second < first).any()
-    center = code.salient_mean.float() if code.salient_mean is not None else torch.zeros(60)
-    choices = torch.stack([a * first + b * second + center for a in (1, -1) for b in (1, -1)])
-    for column in code.salient.nonzero().flatten().tolist():
-        drifted = weight[:, column] + 0.5 * torch.randn(60, generator=torch.Generator().manual_seed(column))
-        found = code.assign(column, drifted)
-        assert torch.equal(found, code.values()[:, column])
-        assert torch.allclose((found - drifted).abs(), (choices - drifted).abs().amin(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("feedback", FEEDBACKS)

@@ -73,6 +73,8 @@ def test_defaults_and_options_reach_the_layout() -> None:
     assert (spec.planes, spec.group_size, spec.mean, spec.scale_dtype) == (1, 128, False, "float16")
     spec = quantize(random_weight(3, 100), planes=2, mean=True, scale_dtype="bfloat16").spec
     assert (spec.planes, spec.group_size, spec.mean, spec.scale_dtype) == (2, 0, True, "bfloat16")
+    assert not spec.column_scales
+    assert quantize(random_weight(3, 100), column_scales=True).spec.column_scales
 
 
 def test_deterministic() -> None:

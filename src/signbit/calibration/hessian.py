@@ -34,6 +34,7 @@ class HessianAccumulator:
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._lower = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(width, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, activations: Tensor) -> None:
@@ -42,7 +43,12 @@ class HessianAccumulator:
         for start in range(0, x.shape[1], PANEL):
             stop = min(start + PANEL, x.shape[1])
             self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+        self._sum += x.sum(0)
         self.tokens += x.shape[0]
+
+    def mean(self) -> Tensor:
+        """The mean input [in]."""
+        return self._sum / max(self.tokens, 1)
 
     def hessian(self) -> Tensor:
         """H ``[in, in]``, exactly symmetric; zeros if no token was ever seen."""

@@ -6,19 +6,25 @@ from typing import Any
 
 from signbit.errors import SignbitError
 from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, count_items
-from signbit.layouts.integer_rows import IntegerRows
+from signbit.layouts.haar_planes import HaarPlanes
+from signbit.layouts.integers import Integers
+from signbit.layouts.partial import Partial
 from signbit.layouts.sign_planes import SignPlanes
 from signbit.layouts.split_planes import SplitPlanes
+from signbit.layouts.structured import Structured
 
-LAYOUTS: dict[str, type[Layout]] = {layout.kind: layout for layout in (SignPlanes, SplitPlanes, IntegerRows)}
+LAYOUTS: dict[str, type[Layout]] = {layout.kind: layout for layout in (SignPlanes, SplitPlanes, HaarPlanes, Partial, Structured, Integers)}
 
 __all__ = [
     "LAYOUTS",
-    "IntegerRows",
+    "HaarPlanes",
+    "Integers",
     "Layout",
     "LayoutSpec",
+    "Partial",
     "SignPlanes",
     "SplitPlanes",
+    "Structured",
     "TensorSpec",
     "count_items",
     "describe",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -41,20 +41,33 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LayoutSpec:
-    """Base of every layout's spec. ``shape`` is (out features, in features) of the matrix that is replaced."""
+    """Base of every layout's spec.
+
+    shape: (out features, in features) of the matrix that is replaced. bias: whether a bias correction is kept with it,
+    a bfloat16 vector [out] that is added to the product and counts as part of the compressed matrix.
+    """
 
     shape: tuple[int, int]
+    bias: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or not all(is_count(length) for length in self.shape):
             raise ValueError(f"{list(self.shape)} is not the shape of a matrix")
 
-    def tensors(self) -> dict[str, TensorSpec]:
-        """Name -> stored tensor. The order is the order of the layout's buffers."""
+    def matrix_tensors(self) -> dict[str, TensorSpec]:
+        """Name -> tensor that the matrix is stored in."""
         raise NotImplementedError
 
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Name -> stored tensor. The order is the order of the layout's buffers."""
+        bias = {"bias": TensorSpec(self.shape[:1], torch.bfloat16, "bias")} if self.bias else {}
+        return self.matrix_tensors() | bias
+
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "shape": list(self.shape)}
+        fields = {**dataclasses.asdict(self), "shape": list(self.shape)}
+        if not self.bias:
+            del fields["bias"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LayoutSpec:
@@ -106,6 +119,11 @@ class Layout(nn.Module):
     def nominal_bits(self) -> float:
         """Bits per weight as the papers count them: signs and salient values, no masks, no scales."""
         raise NotImplementedError
+
+    def with_bias(self, bias: Tensor) -> Layout:
+        """This layout with a bias correction [out]."""
+        tensors = dict(self.named_buffers()) | {"bias": bias.to(torch.bfloat16)}
+        return type(self)(dataclasses.replace(self.spec, bias=True), tensors)
 
     def dequantize(self, rows: slice = slice(None)) -> Tensor:
         """The matrix (or some of its rows) in float32, exactly as the method decided on it."""

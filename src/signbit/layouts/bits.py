@@ -57,3 +57,21 @@ def unpack_signs(packed: Tensor, count: int) -> Tensor:
 def as_signs(negative: Tensor) -> Tensor:
     """Booleans as float32 signs: -1 where ``negative``."""
     return 1 - 2 * negative.float()
+
+
+def pack_integers(values: Tensor, bits: int) -> Tensor:
+    """Integers ``[k]``, 0 <= value < 2^bits, as bit planes: uint8 ``[bits, packed_width(k)]``, plane b holds bit b."""
+    planes = torch.empty(bits, packed_width(len(values)), dtype=torch.uint8, device=values.device)
+    for bit in range(bits):
+        planes[bit] = pack_bits((values >> bit & 1).bool())
+    return planes
+
+
+def unpack_integers(planes: Tensor, start: int, stop: int) -> Tensor:
+    """Integers ``start .. stop`` of those packed, as float32 (exact up to 24 bits)."""
+    first = start // 8
+    window = planes[:, first : (stop + 7) // 8]
+    values = torch.zeros(window.shape[1] * 8, device=planes.device)
+    for bit, plane in enumerate(window):
+        values += unpack_floats(plane, len(values), 0.0, float(2**bit))
+    return values[start - 8 * first : stop - 8 * first]

@@ -1,4 +1,4 @@
-"""Sign planes: W = mean + sum over planes of scale * sign.
+"""Sign planes: W = mean + sum over planes of scale * sign, all of it times a scale of the column if there are any.
 
 Stored for a matrix of n rows and m columns in G groups, with P planes:
 
@@ -7,6 +7,7 @@ Stored for a matrix of n rows and m columns in G groups, with P planes:
 | signs | [P, n, packed_width(m)] | uint8 | bit 1 = negative |
 | scales | [P, n, G] | scale dtype | |
 | means | [n, G] | scale dtype | only if ``mean`` |
+| column_scales | [m] | scale dtype | only if ``column_scales`` |
 
 Plain sign, XNOR and residual binarization are stored this way.
 """
@@ -28,8 +29,9 @@ class SignPlanesSpec(LayoutSpec):
     group_size: int
     mean: bool
     scale_dtype: str
+    column_scales: bool = False
 
-    def tensors(self) -> dict[str, TensorSpec]:
+    def matrix_tensors(self) -> dict[str, TensorSpec]:
         n, m = self.shape
         groups, dtype = group_count(m, self.group_size), scale_dtype(self.scale_dtype)
         tensors = {
@@ -38,6 +40,8 @@ class SignPlanesSpec(LayoutSpec):
         }
         if self.mean:
             tensors["means"] = TensorSpec((n, groups), dtype, "means")
+        if self.column_scales:
+            tensors["column_scales"] = TensorSpec((m,), dtype, "scales")
         return tensors
 
 
@@ -60,8 +64,16 @@ class SignPlanes(Layout):
     scales: Tensor
 
     @classmethod
-    def encode(cls, negative: Tensor, scales: Tensor, means: Tensor | None, group_size: int) -> SignPlanes:
-        """Pack bool planes ``[P, n, m]`` with scales ``[P, n, G]`` and means ``[n, G]`` already in storage dtype."""
+    def encode(
+        cls,
+        negative: Tensor,
+        scales: Tensor,
+        means: Tensor | None,
+        group_size: int,
+        column_scales: Tensor | None = None,
+    ) -> SignPlanes:
+        """Pack bool planes ``[P, n, m]``; scales ``[P, n, G]``, means ``[n, G]`` and column scales ``[m]`` are already
+        in storage dtype."""
         planes, n, m = negative.shape
         spec = SignPlanesSpec(
             shape=(n, m),
@@ -69,10 +81,13 @@ class SignPlanes(Layout):
             group_size=group_size,
             mean=means is not None,
             scale_dtype=str(scales.dtype).removeprefix("torch."),
+            column_scales=column_scales is not None,
         )
         tensors = {"signs": pack_bits(negative), "scales": scales}
         if means is not None:
             tensors["means"] = means
+        if column_scales is not None:
+            tensors["column_scales"] = column_scales
         return cls(spec, tensors)
 
     @property
@@ -82,4 +97,5 @@ class SignPlanes(Layout):
     def dequantize(self, rows: slice = slice(None)) -> Tensor:
         m, size = self.spec.shape[1], self.spec.group_size
         means = spread(self.get_buffer("means")[rows], size, m) if self.spec.mean else None
-        return reconstruct(unpack_signs(self.signs[:, rows], m), spread(self.scales[:, rows], size, m), means)
+        values = reconstruct(unpack_signs(self.signs[:, rows], m), spread(self.scales[:, rows], size, m), means)
+        return values * self.get_buffer("column_scales").float() if self.spec.column_scales else values

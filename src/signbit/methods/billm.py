@@ -32,7 +32,6 @@ The decision is stored in the layout ``split_planes``; the two means of step 3 a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -41,12 +40,11 @@ from torch import Tensor
 
 from signbit.calibration.hessian import Factor
 from signbit.layouts import SplitPlanes
-from signbit.layouts.bits import as_signs
-from signbit.layouts.split_planes import ordinary_values, salient_values
 from signbit.methods.binarize import binarize
 from signbit.methods.options import Method, SweepOptions
 from signbit.methods.salience import Salience, salience, search_column_count
 from signbit.methods.split import Grid, search_threshold
+from signbit.methods.split_code import SplitCode, pack
 from signbit.methods.sweep import sweep
 from signbit.timing import phase
 
@@ -62,114 +60,19 @@ class BiLLMOptions(SweepOptions):
     split_candidates: int = Field(81, ge=1, le=4096, description="how many thresholds the split search tries")
 
 
-@dataclass
-class SplitCode:
-    """One group: planes bool [n, k], salient columns bool [k], coefficients in storage dtype as in the layout."""
-
-    negative: Tensor
-    second: Tensor
-    salient: Tensor
-    scales: Tensor
-    means: Tensor | None
-    salient_scales: Tensor
-    salient_mean: Tensor | None
-
-    def values(self) -> Tensor:
-        values = self._ordinary(slice(None))
-        values[:, self.salient] = self._salient(self.salient)
-        return values
-
-    def assign(self, column: int, weights: Tensor) -> Tensor:
-        """The nearest of a weight's four values, its part or its residual's sign included."""
-        at = slice(column, column + 1)
-        deviation = weights.unsqueeze(1)
-        if self.salient[column]:
-            if self.salient_mean is not None:
-                deviation = deviation - self.salient_mean.float().unsqueeze(1)
-            # Taking the larger scale's sign first makes the greedy choice the nearest of the four values.
-            first, second = _pair(self.salient_scales)
-            swapped = second > first
-            larger = deviation < 0
-            smaller = deviation - torch.maximum(first, second) * as_signs(larger) < 0
-            self.negative[:, at] = torch.where(swapped, smaller, larger)
-            self.second[:, at] = torch.where(swapped, larger, smaller)
-            return self._salient(at).squeeze(1)
-        deviations = [deviation] * 2 if self.means is None else [deviation - mean for mean in _pair(self.means)]
-        low, high = ((part.abs() - scale).abs() for part, scale in zip(deviations, _pair(self.scales), strict=True))
-        sparse = high < low
-        self.second[:, at] = sparse
-        self.negative[:, at] = torch.where(sparse, deviations[1], deviations[0]) < 0
-        return self._ordinary(at).squeeze(1)
-
-    def features(self) -> Tensor:
-        signs, second = as_signs(self.negative), self.second.float()
-        salient = self.salient.float()
-        parts = [(1 - second) * (1 - salient), second * (1 - salient)]
-        features = [signs * part for part in parts] + [signs * salient, (1 - 2 * second) * salient]
-        if self.means is not None:
-            features += [*parts, salient.expand_as(signs)]
-        return torch.stack(features)
-
-    def set_coefficients(self, coefficients: Tensor) -> None:
-        c, dtype = coefficients.T, self.scales.dtype
-        self.scales, self.salient_scales = c[:, :2].abs().to(dtype), c[:, 2:4].abs().to(dtype)
-        if self.means is not None:
-            self.means, self.salient_mean = c[:, 4:6].to(dtype), c[:, 6].to(dtype)
-
-    # The layout's own sums, so that packing changes nothing.
-
-    def _ordinary(self, columns: slice | Tensor) -> Tensor:
-        means = None if self.means is None else _pair(self.means)
-        signs, sparse = as_signs(self.negative[:, columns]), self.second[:, columns].float()
-        return ordinary_values(signs, sparse, _pair(self.scales), means)
-
-    def _salient(self, columns: slice | Tensor) -> Tensor:
-        mean = None if self.salient_mean is None else self.salient_mean.float().unsqueeze(1)
-        signs, residual = as_signs(self.negative[:, columns]), as_signs(self.second[:, columns])
-        return salient_values(signs, residual, _pair(self.salient_scales), mean)
-
-
-def _pair(coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, 2] as two float32 [n, 1]."""
-    return coefficients[:, :1].float(), coefficients[:, 1:].float()
-
-
-def quantize_group(weight: Tensor, diagonal: Tensor, options: BiLLMOptions) -> SplitCode:
-    """Steps 1 to 4 for the weights [n, k] of one group, whose columns have U_jj = ``diagonal`` [k]."""
-    scores = salience(weight, diagonal, options.salience)
+def partition(weight: Tensor, diagonal: Tensor, options: BiLLMOptions) -> tuple[Tensor, Tensor]:
+    """Steps 1, 2 and 4 for a group [n, k] whose columns have U_jj = ``diagonal`` [k]: which columns are salient, bool
+    [k], and which weights are sparse, bool [n, k], by the same threshold at salient columns too."""
     with phase("search"):
+        scores = salience(weight, diagonal, options.salience)
         salient = _salient_columns(weight, scores, options)
+        if salient.all():
+            return salient, torch.zeros_like(weight, dtype=torch.bool)
         released = options.split_search == "salience"
         key = scores if released else weight.abs()
-        sparse = torch.zeros_like(weight, dtype=torch.bool)
-        if not salient.all():
-            # Columns taken by number: many times faster than by a boolean mask.
-            ordinary = key.index_select(1, (~salient).nonzero().squeeze(1))
-            threshold = search_threshold(ordinary, options.split_candidates, options.split_grid, mean=released)
-            sparse = (key > threshold) & ~salient
-    with phase("fit"):
-        mean, dtype = options.mean, options.storage
-        parts = [binarize(weight, part & ~salient, mean, dtype) for part in (~sparse, sparse)]
-        negative = (sparse & parts[1].negative) | (~sparse & parts[0].negative)
-        # Step 3, on the salient columns alone.
-        columns = weight[:, salient]
-        first = binarize(columns, None, mean, dtype)
-        second = binarize(columns - first.values(), None, mean, dtype)
-        negative[:, salient] = first.negative
-        sparse[:, salient] = second.negative
-        return SplitCode(
-            negative=negative,
-            second=sparse,
-            salient=salient,
-            scales=torch.stack([part.scale for part in parts], dim=1),
-            means=torch.stack([part.mean for part in parts if part.mean is not None], dim=1) if mean else None,
-            salient_scales=torch.stack([first.scale, second.scale], dim=1),
-            salient_mean=(
-                (first.mean.float() + second.mean.float()).to(dtype)
-                if first.mean is not None and second.mean is not None
-                else None
-            ),
-        )
+        # Columns taken by number: many times faster than by a boolean mask.
+        ordinary = key.index_select(1, (~salient).nonzero().squeeze(1))
+        return salient, key > search_threshold(ordinary, options.split_candidates, options.split_grid, mean=released)
 
 
 def _salient_columns(weight: Tensor, scores: Tensor, options: BiLLMOptions) -> Tensor:
@@ -183,35 +86,48 @@ def _salient_columns(weight: Tensor, scores: Tensor, options: BiLLMOptions) -> T
     return salient
 
 
+def quantize_group(weight: Tensor, diagonal: Tensor, options: BiLLMOptions) -> SplitCode:
+    """Steps 1 to 4 for the weights [n, k] of one group."""
+    salient, sparse = partition(weight, diagonal, options)
+    with phase("fit"):
+        mean, dtype = options.mean, options.storage
+        sparse = sparse & ~salient
+        low, high = (binarize(weight, part & ~salient, mean, dtype) for part in (~sparse, sparse))
+        negative = (sparse & high.negative) | (~sparse & low.negative)
+        scales, means = [low.scale, high.scale], [low.mean, high.mean]
+        residual = torch.zeros_like(negative)
+        if salient.any():
+            # Step 3, on the salient columns alone.
+            columns = weight[:, salient]
+            first = binarize(columns, None, mean, dtype)
+            second = binarize(columns - first.values(), None, mean, dtype)
+            negative[:, salient], residual[:, salient] = first.negative, second.negative
+            scales += [first.scale, second.scale]
+            if first.mean is not None and second.mean is not None:
+                means.append((first.mean.float() + second.mean.float()).to(dtype))
+        return SplitCode(
+            negative=negative,
+            sparse=sparse,
+            residual=residual,
+            salient=salient,
+            coefficients=torch.stack(scales + [mean for mean in means if mean is not None]).float(),
+            columns=None,
+            mean=mean,
+            bitmap=False,
+            dtype=dtype,
+        )
+
+
 def quantize(weight: Tensor, factor: Factor | None, options: BiLLMOptions) -> SplitPlanes:
     if factor is None:
         raise ValueError("billm needs a Hessian")
     size = options.groups_of(weight.shape[1])
     diagonal = factor.upper.diagonal()
     codes = sweep(
-        weight,
-        factor,
-        size,
-        lambda block, columns: quantize_group(block, diagonal[columns], options),
-        options,
+        weight, factor, size, lambda block, columns: quantize_group(block, diagonal[columns], options), options
     )
     with phase("packing"):
-        marked = [code for code in codes if bool(code.salient.any())]
-        means = [code.means for code in codes if code.means is not None]
-        salient_means = [code.salient_mean for code in marked if code.salient_mean is not None]
-        nothing = torch.zeros(weight.shape[0], 0, dtype=options.storage, device=weight.device)
-        return SplitPlanes.encode(
-            negative=torch.cat([code.negative for code in codes], dim=1),
-            second=torch.cat([code.second for code in codes], dim=1),
-            salient=torch.cat([code.salient for code in codes]),
-            scales=torch.stack([code.scales for code in codes], dim=1),
-            means=torch.stack(means, dim=1) if options.mean else None,
-            salient_scales=torch.stack([code.salient_scales for code in marked], dim=1)
-            if marked
-            else nothing.unsqueeze(2).expand(-1, 0, 2),
-            salient_means=(torch.stack(salient_means, dim=1) if marked else nothing) if options.mean else None,
-            group_size=size,
-        )
+        return pack(codes, size)
 
 
 METHOD = Method(

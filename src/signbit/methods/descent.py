@@ -1,8 +1,8 @@
 """Going over a quantized matrix again: least squares and coordinate descent on the whole layer's output error.
 
 The sweep decides on each group once, and groups at the end of a row bear the errors of all before them. Afterwards
-every choice can be looked at again with all the others known. With D = W - Q the error is tr(D H D^T) and its gradient is
--2 G, G = D H; so, everything else as it is,
+every choice can be looked at again with all the others known. With D = W - Q the error is tr(D H D^T) and its gradient
+is -2 G, G = D H; so, everything else as it is,
 
     the best value of w_ij is              q_ij + G_ij / H_jj
     the best coefficients c of a group     solve  A c = r,  A_fg = f H_bb g^T,  r_f = f . (G_b + Q_b H_bb)    row by row
@@ -43,7 +43,11 @@ def least_squares(features: Tensor, product: Tensor, metric: Tensor) -> Tensor:
 
 def descend(weight: Tensor, factor: Factor, groups: list[slice], codes: Sequence[GroupCode], passes: int) -> None:
     """Improve ``codes`` of ``groups`` of columns of ``weight`` [n, m] in place, ``passes`` times."""
-    hessian = factor.inverse @ factor.inverse.T
+    descend_on(weight, factor.inverse @ factor.inverse.T, groups, codes, passes)
+
+
+def descend_on(weight: Tensor, hessian: Tensor, groups: list[slice], codes: Sequence[GroupCode], passes: int) -> None:
+    """The same with H itself."""
     gradient = (weight - torch.cat([code.values() for code in codes], dim=1)) @ hessian
     for _ in range(passes):
         for columns, code in zip(groups, codes, strict=True):

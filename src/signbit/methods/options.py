@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
@@ -48,11 +48,27 @@ class SweepOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
+class LinearSurvey:
+    """One linear of the original model: weight float32 [out, in]; power: 2 / N sum x_j^2 [in] over the N calibration
+    tokens that reach it in the original model, 1 if none does; None if inputs were not asked for."""
+
+    weight: Tensor
+    power: Tensor | None
+
+
+class Survey(Protocol):
+    """A look at all that is to be quantized, one block in memory at a time; ``inputs`` costs a forward pass."""
+
+    def __call__(self, *, inputs: bool) -> Iterator[dict[str, LinearSurvey]]: ...
+
+
+@dataclass(frozen=True)
 class Method:
     """An algorithm from a paper: decides on a layout for one weight matrix.
 
     ``quantize(weight [out, in] float32, factor, options)`` is a pure function. ``factor`` is None only when there was
-    no calibration, which only methods with ``calibrated=False`` accept.
+    no calibration, which only methods with ``calibrated=False`` accept. ``allocate(survey, options)`` is asked once,
+    before the first block, for the options of each block; None: the same for all.
     """
 
     name: str
@@ -62,3 +78,4 @@ class Method:
     options: type[MethodOptions]
     calibrated: bool
     quantize: Callable[[Tensor, Factor | None, Any], Layout]
+    allocate: Callable[[Survey, Any], list[Any] | None] = lambda survey, options: None

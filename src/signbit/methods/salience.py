@@ -25,7 +25,7 @@ def salience(weight: Tensor, diagonal: Tensor, metric: Salience) -> Tensor:
     return weight.abs() if metric == "magnitude" else (weight / diagonal).square()
 
 
-def search_column_count(magnitudes: Tensor, limit: int, *, residual_rest: bool) -> int:
+def search_column_count(magnitudes: Tensor, limit: int, *, residual_rest: bool, member: Tensor | None = None) -> int:
     """How many leading columns to binarize twice for the least squared error (BiLLM, algorithm 2).
 
     ``magnitudes`` [n, k], none negative, has its columns in descending salience. Counts c from 1 to ``limit`` (less if
@@ -35,25 +35,31 @@ def search_column_count(magnitudes: Tensor, limit: int, *, residual_rest: bool) 
         once     S^2 / K
         twice    (S^2 + A^2) / K        A = sum |x - S/K| = 2 (sum max(x, S/K) - S)
 
-    The leading columns are binarized twice, the rest once, or twice too if ``residual_rest``.
+    The leading columns are binarized twice, the rest once, or twice too if ``residual_rest``. Only members (bool
+    [n, k]; None: all) count; magnitudes of others must be zero.
     """
     columns = magnitudes.T.contiguous()
     k = len(columns)
     limit = min(limit, k)
     if limit == 0:
         return 0
-    counts = torch.arange(1, limit + 1, device=columns.device).unsqueeze(1)
-    rest_counts = (k - counts).clamp(min=1)
+    widths = torch.arange(1, limit + 1, device=columns.device).unsqueeze(1)
+    present = widths if member is None else member.T.cumsum(0)[:limit]
+    total = k if member is None else member.sum(1)
+    counts, rest_counts = present.clamp(min=1), (total - present).clamp(min=1)
     leading = columns[:limit].cumsum(0)
     rest = columns.sum(0) - leading
     # First the leading columns' centers, then, if the rest is binarized twice too, the rest's.
     centers = [leading / counts, rest / rest_counts][: 1 + residual_rest]
-    maxima = _leading_maxima(columns, torch.stack(centers, dim=1)).unbind(1)
+    maxima = list(_leading_maxima(columns, torch.stack(centers, dim=1)).unbind(1))
+    if member is not None:
+        # The zeros that are no members have added the center each.
+        maxima = [maximum - (widths - present) * center for maximum, center in zip(maxima, centers, strict=True)]
     residual = 2 * (maxima[0] - leading)
     gains = (leading.square() + residual.square()) / counts + rest.square() / rest_counts
     if residual_rest:
         # The rest's maxima are those of the whole row, a prefix sum in sorted order, less the leading columns'.
-        rest_maxima = _row_maxima(magnitudes, centers[1].T.contiguous()).T - maxima[1]
+        rest_maxima = _row_maxima(magnitudes, centers[1].T.contiguous()).T - (k - total) * centers[1] - maxima[1]
         gains += (2 * (rest_maxima - rest)).square() / rest_counts
     return 1 + int(gains.sum(1).argmax())
 

@@ -18,7 +18,7 @@ from signbit.layouts import SignPlanes
 from signbit.layouts.bits import as_signs
 from signbit.layouts.sign_planes import reconstruct
 from signbit.methods.binarize import binarize
-from signbit.methods.options import Method, MethodOptions, SweepOptions
+from signbit.methods.options import Method, MethodOptions
 from signbit.methods.sweep import sweep
 from signbit.timing import phase
 
@@ -31,7 +31,10 @@ class SignOptions(MethodOptions):
 
 @dataclass
 class PlanesCode:
-    """One group of sign planes: negative bool [P, n, k], scales [P, n], mean [n] or None."""
+    """One group of sign planes: negative bool [P, k, n], scales [P, n] and mean [n] or None in storage dtype.
+
+    Columns come first, so that the column-by-column work is on runs of memory.
+    """
 
     negative: Tensor
     scales: Tensor
@@ -44,21 +47,31 @@ class PlanesCode:
         while len(fitted) < planes:
             residual = residual - fitted[-1].values()
             fitted.append(binarize(residual, None, False, dtype))
-        return cls(torch.stack([f.negative for f in fitted]), torch.stack([f.scale for f in fitted]), fitted[0].mean)
+        negative = torch.stack([f.negative.T for f in fitted])
+        return cls(negative, torch.stack([f.scale for f in fitted]), fitted[0].mean)
+
+    def __post_init__(self) -> None:
+        self._scales, self._mean = self.scales.float(), None if self.mean is None else self.mean.float()
 
     def values(self) -> Tensor:
-        return self._values_of(self.negative)
+        # The layout's own sum, so that packing changes nothing.
+        means = None if self._mean is None else self._mean.unsqueeze(1)
+        return reconstruct(as_signs(self.negative.mT), self._scales.unsqueeze(2), means)
 
     def assign(self, column: int, weights: Tensor) -> Tensor:
-        at = slice(column, column + 1)
-        residual = weights if self.mean is None else weights - self.mean.float()
-        for plane, scale in enumerate(self.scales.float()):
-            self.negative[plane, :, column] = residual < 0
-            residual = residual - scale * as_signs(residual < 0)
-        return self._values_of(self.negative[:, :, at]).squeeze(1)
+        """Plane by plane the residual's sign. copysign gives what the layout's sum does, in fewer operations."""
+        residual = weights + 0.0 if self._mean is None else weights - self._mean  # -0.0 is not negative
+        value = None
+        for negative, scale in zip(self.negative, self._scales, strict=True):
+            torch.lt(residual, 0, out=negative[column])
+            part = torch.copysign(scale, residual)
+            value = part if value is None else value + part
+            residual = residual - part
+        assert value is not None
+        return value if self._mean is None else value + self._mean
 
     def features(self) -> Tensor:
-        signs = as_signs(self.negative)
+        signs = as_signs(self.negative.mT)
         return signs if self.mean is None else torch.cat([signs, torch.ones_like(signs[:1])])
 
     def set_coefficients(self, coefficients: Tensor) -> None:
@@ -67,36 +80,33 @@ class PlanesCode:
         # Larger scales first: then the greedy choice of signs is the nearest of all values.
         scales = coefficients[: len(self.scales)].abs().sort(0, descending=True).values
         self.scales = scales.to(self.scales.dtype)
-
-    def _values_of(self, negative: Tensor) -> Tensor:
-        # The layout's own sum, so that packing changes nothing.
-        means = None if self.mean is None else self.mean.float().unsqueeze(1)
-        return reconstruct(as_signs(negative), self.scales.float().unsqueeze(2), means)
+        self.__post_init__()
 
 
-def quantize_planes(
-    weight: Tensor, factor: Factor | None, options: MethodOptions, planes: int, sweep_options: SweepOptions | None
-) -> SignPlanes:
-    """Sweep ``weight`` with sign planes per row and group."""
-    size = options.groups_of(weight.shape[1])
-    codes = sweep(
-        weight,
-        factor,
-        size,
-        lambda block, _: PlanesCode.fit(block, planes, options.mean, options.storage),
-        sweep_options,
+def pack(codes: list[PlanesCode], group_size: int, columns: Tensor | None = None) -> SignPlanes:
+    """The codes of a matrix, one a group, left to right, as its layout; columns: scales [m], exact in their dtype."""
+    means = [code.mean for code in codes if code.mean is not None]
+    scales = torch.stack([code.scales for code in codes], dim=2)
+    return SignPlanes.encode(
+        negative=torch.cat([code.negative for code in codes], dim=1).mT,
+        scales=scales,
+        means=torch.stack(means, dim=1) if means else None,
+        group_size=group_size,
+        column_scales=None if columns is None else columns.to(scales.dtype),
     )
-    with phase("packing"):
-        return SignPlanes.encode(
-            negative=torch.cat([code.negative for code in codes], dim=2),
-            scales=torch.stack([code.scales for code in codes], dim=2),
-            means=torch.stack([code.mean for code in codes if code.mean is not None], dim=1) if options.mean else None,
-            group_size=size,
-        )
 
 
 def quantize(weight: Tensor, factor: Factor | None, options: SignOptions) -> SignPlanes:
-    return quantize_planes(weight, None, options, options.planes, None)
+    size = options.groups_of(weight.shape[1])
+    codes = sweep(
+        weight,
+        None,
+        size,
+        lambda block, _: PlanesCode.fit(block, options.planes, options.mean, options.storage),
+        None,
+    )
+    with phase("packing"):
+        return pack(codes, size)
 
 
 METHOD = Method(

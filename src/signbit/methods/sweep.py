@@ -32,7 +32,7 @@ from signbit.methods.options import SweepOptions
 from signbit.timing import phase
 
 # Columns between two updates of the rest of a group in a column-by-column sweep (GPTQ's lazy batch).
-LAZY_COLUMNS = 128
+LAZY_COLUMNS = 32
 
 
 class GroupCode(Protocol):
@@ -74,8 +74,7 @@ def sweep(
     ``quantize_group(weights [n, k], columns)`` decides on one group; ``columns`` says where it stands in the matrix.
     """
     m = weight.shape[1]
-    size = group_size or m
-    groups = [slice(start, min(start + size, m)) for start in range(0, m, size)]
+    groups = groups_of(m, group_size)
     if factor is None or options is None:
         return [quantize_group(weight[:, columns], columns) for columns in groups]
     weight = weight * ~factor.dead
@@ -92,6 +91,12 @@ def sweep(
         with phase("descent"):
             descend(weight, factor, groups, codes, options.passes)
     return codes
+
+
+def groups_of(columns: int, group_size: int) -> list[slice]:
+    """The groups of a matrix with this many columns; a size of 0 is the whole row."""
+    size = group_size or columns
+    return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
 def _group_error(

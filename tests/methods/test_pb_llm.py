@@ -1,0 +1,374 @@
+from importlib import resources
+from typing import Any, get_args
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from matrices import damped, hessian_of, random_factor, random_inputs, random_weight
+from signbit.calibration.hessian import Factor, factorize, quadratic
+from signbit.errors import SignbitError
+from signbit.layouts import Partial
+from signbit.layouts.partial import STRIP_ROWS
+from signbit.methods import pb_llm
+from signbit.methods.options import Feedback
+from signbit.methods.pb_llm import PartialCode, PBLLMOptions, find_salient, fit_codes, most
+from signbit.methods.salience import salience
+from signbit.recipe import Recipe
+
+FEEDBACKS = get_args(Feedback)
+
+
+def quantize(weight: Tensor, seed: int = 0, **options: Any) -> Partial:
+    return pb_llm.quantize(weight, random_factor(weight.shape[1], seed), PBLLMOptions(**options))
+
+
+def preset(name: str) -> dict[str, Any]:
+    fields: dict[str, Any] = yaml.safe_load((resources.files("signbit") / "recipes" / f"{name}.yaml").read_text())
+    assert fields.pop("method") == "pb-llm"
+    return fields
+
+
+def salient_of(layout: Partial) -> Tensor:
+    """Which weights are salient, bool [n, m]."""
+    n, m = layout.shape
+    strip, place, _ = layout._salient(0, len(layout.ends))
+    marked = torch.zeros(n * m, dtype=torch.bool)
+    marked[strip * STRIP_ROWS * m + place] = True
+    return marked.view(n, m)
+
+
+# --- the method, step by step as pb_llm.py tells it, in float64 -------------------------------------------------------
+
+
+def half(x: Tensor) -> Tensor:
+    return x.half().double()
+
+
+def slow_salient(weight: Tensor, diagonal: Tensor, options: PBLLMOptions) -> Tensor:
+    scores = weight.abs() if options.salience == "magnitude" else weight.square() / diagonal.square()
+    order = (-scores.flatten()).argsort(stable=True)
+    marked = torch.zeros(weight.numel(), dtype=torch.bool)
+    marked[order[: round(options.salient_fraction * weight.numel())]] = True
+    return marked.view_as(weight)
+
+
+def slow_ordinary(row: Tensor, mean: bool) -> Tensor:
+    """The two values of a row's binarized weights."""
+    if not len(row):
+        return torch.zeros(2, dtype=torch.float64)
+    center = half(row.mean()) if mean else 0.0
+    scale = half((row - center).abs().mean())
+    return torch.stack([center - scale, center + scale])
+
+
+def slow_levels(within: Tensor, bits: int) -> Tensor:
+    """The 2^bits values of a row's codes."""
+    if not len(within):
+        return torch.zeros(1, dtype=torch.float64)
+    low, high = within.min(), within.max()
+    levels = torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2
+    return half((high - low) / (2**bits - 1)) * levels + half((low + high) / 2)
+
+
+def slow(weight: Tensor, factor: Factor, options: PBLLMOptions) -> Tensor:
+    """GPTQ's sweep, one column of the whole matrix after the other."""
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped(factor)), upper=True)
+    original, work = weight.double(), weight.double()
+    for columns in torch.arange(weight.shape[1]).split(options.group_size or weight.shape[1]):
+        group = original[:, columns]
+        marked = slow_salient(group, upper.diagonal()[columns], options)
+        for place, j in enumerate(columns.tolist()):
+            for i, row in enumerate(group):
+                if marked[i, place]:
+                    within = original[i] if options.code_scope == "row" else row[marked[i]]
+                    choices = slow_levels(within, options.code_bits)
+                else:
+                    choices = slow_ordinary(row[~marked[i]], options.mean)
+                value = choices[(choices - work[i, j]).abs().argmin()]
+                error = (work[i, j] - value) / upper[j, j]
+                work[i, j] = value
+                if options.feedback == "column":
+                    work[i, j + 1 :] -= error * upper[j, j + 1 :]
+    return work
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mean": False},
+        {"salience": "magnitude"},
+        {"salient_fraction": 0.0},
+        {"salient_fraction": 1.0, "code_bits": 4},
+        {"salient_fraction": 0.5, "code_bits": 2},
+        {"code_scope": "group"},
+        {"code_scope": "group", "code_bits": 4, "salient_fraction": 0.3},
+        {"feedback": "none"},
+        {"group_size": 0},
+    ],
+    ids=str,
+)
+def test_equals_the_slow_implementation(options: dict[str, Any], seed: int) -> None:
+    weight, factor = random_weight(6, 50, seed), random_factor(50, seed)
+    chosen = PBLLMOptions(**{"group_size": 20, **options})
+    found = pb_llm.quantize(weight, factor, chosen).dequantize().double()
+    # Float32 and float64 may choose differently at the edge between two values, and a row goes another way from there.
+    same = torch.isclose(found, slow(weight, factor, chosen), rtol=2e-3, atol=2e-3).all(1)
+    assert same.sum() >= 5
+
+
+# --- what the released code gets wrong --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("mean", [False, True])
+def test_the_scale_of_the_rest_is_the_least_squares_one(fraction: float, mean: bool) -> None:
+    weight = random_weight(20, 64)
+    layout = quantize(
+        weight, salient_fraction=fraction, mean=mean, feedback="none", group_size=0, scale_dtype="float16"
+    )
+    rest = ~salient_of(layout)
+    values = layout.dequantize()
+    for i in range(20):
+        row, found = weight[i][rest[i]], values[i][rest[i]]
+        center = float(row.mean()) if mean else 0.0
+        signs = torch.where(row < center, -1.0, 1.0)
+        best = float(((row - center) * signs).mean())  # argmin over a of |row - center - a signs|^2
+        assert (found - center).abs().max() == pytest.approx(best, rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("scope", ["row", "group"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
+def test_codes_keep_signs_and_are_within_half_a_step(shift: float, bits: int, scope: str) -> None:
+    weight = random_weight(20, 64) + shift
+    layout = quantize(weight, salient_fraction=1.0, code_bits=bits, code_scope=scope, feedback="none", group_size=32)
+    steps = layout.code_scales.float().repeat_interleave(64 // layout.code_scales.shape[1], dim=1)
+    error = (layout.dequantize() - weight).abs()
+    rounding = 2e-3 * weight.abs().amax(1, keepdim=True)  # of scale and offset to float16
+    assert (error <= steps / 2 + rounding).all()
+
+
+def test_weights_beyond_the_range_take_its_end() -> None:
+    weight = torch.linspace(-1, 1, 8).expand(2, 8).contiguous()
+    everything = torch.ones(2, 8, dtype=torch.bool)
+    options = PBLLMOptions(code_bits=3)
+    scale, offset = fit_codes(weight, everything, everything, torch.ones(8), options)
+    one = torch.ones(2, dtype=torch.float16)
+    code = PartialCode(~everything, everything, torch.zeros(2, 8, dtype=torch.uint8), 4, one, None, scale, offset)
+    code.choose(slice(None), 100 * weight)
+    assert torch.allclose(code.values(), weight.sign(), atol=1e-3)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 1.0])
+@pytest.mark.parametrize("metric", ["hessian", "magnitude", "error"])
+def test_just_as_many_are_salient_as_asked(fraction: float, metric: str) -> None:
+    for weight in (random_weight(20, 72), torch.ones(20, 72), torch.zeros(20, 72)):
+        layout = quantize(weight, salient_fraction=fraction, salience=metric, group_size=32)
+        counts = [int(part.sum()) for part in salient_of(layout).split(32, dim=1)]
+        assert counts == [round(fraction * 20 * k) for k in (32, 32, 8)]
+        assert layout.spec.salient == sum(counts)
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mean": False, "scale_dtype": "bfloat16"},
+        {"code_scope": "group", "refits": 1, "passes": 1},
+        {"code_scope": "group", "refits": 2, "mean": False, "salience": "error", "code_bits": 3},
+        {"salient_fraction": 0.0},
+        {"salient_fraction": 1.0},
+    ],
+    ids=str,
+)
+def test_packing_changes_nothing(monkeypatch: pytest.MonkeyPatch, feedback: Feedback, options: dict[str, Any]) -> None:
+    if feedback == "none":
+        options = {**options, "refits": 0}
+    codes: list[PartialCode] = []
+
+    def recording(*arguments: Any) -> PartialCode:
+        codes.append(PartialCode(*arguments))
+        return codes[-1]
+
+    monkeypatch.setattr(pb_llm, "PartialCode", recording)
+    layout = quantize(random_weight(20, 70), group_size=32, feedback=feedback, **options)
+    assert len(codes) == 3
+    assert torch.equal(layout.dequantize(), torch.cat([code.values() for code in codes], dim=1))
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_reassigned_weights_get_the_nearest_of_their_values(mean: bool, bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    salient = torch.rand(60, 4, generator=generator) < 0.5
+    scale, mu, step, offset = (torch.randn(60, generator=generator).half() for _ in range(4))
+    q, levels = torch.zeros(60, 4, dtype=torch.uint8), 2 ** (bits - 1)
+    code = PartialCode(salient.clone(), salient, q, levels, scale.abs(), mu if mean else None, step.abs(), offset)
+    drifted = torch.randn(60, generator=generator)
+    found = code.assign(2, drifted)
+    assert torch.equal(found, code.values()[:, 2])
+    center = mu.double() if mean else torch.zeros(60, dtype=torch.float64)
+    grid = torch.arange(-levels, levels, dtype=torch.float64) + 0.5
+    for i in range(60):
+        choices = center[i] + scale[i].double() * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+        if salient[i, 2]:
+            choices = offset[i].double() + step[i].double() * grid
+        nearest = (choices - drifted[i]).abs().min()
+        assert (found[i].double() - drifted[i]).abs() == pytest.approx(float(nearest), abs=1e-5)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_values_are_the_features_times_the_coefficients(mean: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    salient, negative = (torch.rand(8, 12, generator=generator) < share for share in (0.3, 0.5))
+    q = torch.randint(0, 8, (8, 12), generator=generator).to(torch.uint8)
+    zero = torch.zeros(8, dtype=torch.float16)
+    code = PartialCode(negative, salient, q, 8, zero, zero if mean else None, zero, zero)
+    coefficients = torch.rand(3 + mean, 8, generator=generator).half().float()
+    code.set_coefficients(coefficients)
+    assert torch.allclose(code.values(), torch.einsum("fn,fnk->nk", coefficients, code.features()), atol=1e-6)
+
+
+def test_the_most_are_chosen_without_regard_to_ties() -> None:
+    scores = torch.tensor([[1.0, 2.0, 2.0], [2.0, 0.0, 3.0]])
+    assert most(scores, 0.5).tolist() == [[False, True, True], [False, False, True]]
+    assert most(scores, 1 / 3).tolist() == [[False, True, False], [False, False, True]]
+
+
+def test_a_weight_as_large_as_the_scale_needs_no_code() -> None:
+    """However much its input matters: only what binarizing would hurt is salient by error."""
+    weight = torch.where(random_weight(20, 32) < 0, -1.0, 1.0)
+    weight[:, 7] = 0.1
+    diagonal = torch.ones(32)
+    diagonal[3] = 0.1
+    for metric, column in (("hessian", 3), ("error", 7)):
+        marked = find_salient(weight, diagonal, PBLLMOptions(salience=metric, salient_fraction=1 / 32, mean=False))
+        assert marked.sum(0).nonzero().tolist() == [[column]]
+
+
+def test_by_magnitude_and_by_hessian_are_the_shared_metrics() -> None:
+    weight, diagonal = random_weight(20, 32), 0.5 + torch.rand(32, generator=torch.Generator().manual_seed(0))
+    for metric in ("hessian", "magnitude"):
+        marked = find_salient(weight, diagonal, PBLLMOptions(salience=metric))
+        scores = salience(weight, diagonal, metric)
+        assert scores[marked].min() >= scores[~marked].max()
+
+
+def test_a_searched_range_has_less_error() -> None:
+    weight = random_weight(20, 64).pow(3)
+    everything, importance = torch.ones_like(weight, dtype=torch.bool), 0.5 + torch.rand(64)
+    losses = []
+    for candidates in (1, 9, 33):
+        options = PBLLMOptions(code_bits=3, range_candidates=candidates)
+        scale, offset = fit_codes(weight, everything, everything, importance, options)
+        zero = torch.zeros_like(scale)
+        q = torch.zeros_like(everything, dtype=torch.uint8)
+        code = PartialCode(~everything, everything, q, 4, zero, None, scale, offset)
+        code.choose(slice(None), weight)
+        losses.append(((code.values() - weight).square() * importance).sum(1))
+    assert (losses[1] <= losses[0]).all() and (losses[2] <= losses[1]).all()
+    assert losses[1].sum() < 0.8 * losses[0].sum()
+
+
+# --- degenerate input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"code_scope": "group"}, preset("pb-llm-plus")], ids=["row", "group", "plus"])
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize("shape", [(4, 3), (1, 40), (4, 1), (1, 1), (4, 24)])
+def test_constant_rows_stay_what_they_are(shape: tuple[int, int], feedback: Feedback, options: dict[str, Any]) -> None:
+    rows = torch.tensor([0.5, 0.0, -2.0, 3.0])[: shape[0]].unsqueeze(1).expand(shape).clone()
+    for size in (8, 0):
+        chosen = {**options, "group_size": size, "feedback": feedback}
+        if feedback == "none":
+            chosen["refits"] = 0
+        layout = quantize(rows, **chosen)
+        # A step of float16: least squares divides a value among coefficients that are alike.
+        assert torch.allclose(layout.dequantize(), rows, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pb-llm", "pb-llm-plus"])
+def test_a_matrix_of_zeros(name: str) -> None:
+    assert torch.equal(quantize(torch.zeros(3, 40), **preset(name)).dequantize(), torch.zeros(3, 40))
+
+
+@pytest.mark.parametrize("name", ["pb-llm", "pb-llm-plus"])
+def test_always_zero_inputs(name: str) -> None:
+    inputs = random_inputs(100, 40)
+    inputs[:, :16] = 0  # the whole first group
+    hessian = hessian_of(inputs)
+    weight = random_weight(20, 40)
+    weight[:, :16] *= 100
+    layout = pb_llm.quantize(weight, factorize(hessian, 0.01), PBLLMOptions(**{**preset(name), "group_size": 16}))
+    marked = salient_of(layout)[:, 16:].float().mean()
+    assert marked == pytest.approx(preset(name).get("salient_fraction", 0.1), abs=0.02)
+    difference = layout.dequantize() - weight
+    assert quadratic(difference, hessian) < 0.3 * quadratic(weight, hessian)
+
+
+@pytest.mark.parametrize(("size", "stored"), [(0, 0), (40, 0), (41, 0), (39, 39), (128, 0)])
+def test_a_group_of_the_whole_row_is_stored_as_such(size: int, stored: int) -> None:
+    assert quantize(random_weight(5, 40), group_size=size).spec.group_size == stored
+
+
+# --- what it reaches --------------------------------------------------------------------------------------------------
+
+
+def error(weight: Tensor, hessian: Tensor, **options: Any) -> tuple[float, int]:
+    """Relative output error, and bytes."""
+    layout = pb_llm.quantize(weight, factorize(hessian, 0.01), PBLLMOptions(**options))
+    found = quadratic(layout.dequantize() - weight, hessian) / quadratic(weight, hessian)
+    return found, sum(layout.items().values())
+
+
+def test_each_step_lowers_the_output_error() -> None:
+    inputs = random_inputs(800, 128)
+    inputs[:, ::16] *= 4  # some matter more
+    hessian, weight = hessian_of(inputs), random_weight(64, 128)
+    base = {"group_size": 32}
+    found = error(weight, hessian, **base)[0]
+    assert (
+        found < error(weight, hessian, **base, feedback="block")[0] < error(weight, hessian, **base, feedback="none")[0]
+    )
+    assert found < error(weight, hessian, **base, salience="magnitude")[0]
+    assert found < error(weight, hessian, **base, salient_fraction=0.05)[0]
+    coded = {"code_bits": 4, "mean": False, "code_scope": "group", "group_size": 0}
+    found = error(weight, hessian, **coded)[0]
+    assert error(weight, hessian, **coded, salience="error")[0] < found
+    assert error(weight, hessian, **coded, refits=2)[0] < found
+    assert error(weight, hessian, **coded, passes=2)[0] < found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plus_has_less_error_and_no_more_bits(seed: int) -> None:
+    hessian, weight = hessian_of(random_inputs(1000, 256, seed)), random_weight(256, 256, seed)
+    paper, plus = (error(weight, hessian, **preset(name)) for name in ("pb-llm", "pb-llm-plus"))
+    assert plus[0] < 0.8 * paper[0]
+    assert plus[1] < paper[1]
+
+
+def test_deterministic() -> None:
+    weight = random_weight(5, 70)
+    before = weight.clone()
+    first, second = (quantize(weight, group_size=16).state_dict() for _ in range(2))
+    assert torch.equal(weight, before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_cannot_be_fitted_again_is_refused() -> None:
+    for option in ("refits", "passes"):
+        with pytest.raises(SignbitError, match="code_scope group"):
+            Recipe({"method": "pb-llm", option: 1})
+
+
+def test_needs_a_hessian() -> None:
+    with pytest.raises(ValueError, match="Hessian"):
+        pb_llm.quantize(random_weight(2, 8), None, PBLLMOptions())

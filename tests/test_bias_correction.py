@@ -1,0 +1,101 @@
+"""``bias_correction``: the mean of what quantizing changes is put right by a stored bias, counted with the weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import signbit
+from matrices import hessian_of, random_inputs, random_weight
+from signbit import Recipe, SignbitError
+from signbit.blockwise import layer_errors
+from signbit.calibration.hessian import HessianAccumulator, factorize
+from signbit.layouts import SignPlanes, describe, parse_spec
+from signbit.methods import sign
+from signbit.methods.sign import SignOptions
+from signbit.modules import QuantizedLinear
+from tiny import SMALL_RECIPE
+
+MakeDir = Callable[..., Path]
+
+
+def packed(weight: Tensor) -> SignPlanes:
+    return sign.quantize(weight, None, SignOptions())
+
+
+def test_a_layout_with_a_bias_is_described_stored_and_counted() -> None:
+    weight = random_weight(6, 40)
+    plain = packed(weight)
+    layout = plain.with_bias(torch.arange(6.0))
+    kind, spec = parse_spec("m", json.loads(json.dumps(describe(layout))))
+    assert (kind, spec) == (SignPlanes, layout.spec) and spec.bias
+    assert "bias" not in describe(plain)
+    again = kind(spec, dict(layout.state_dict()))
+    assert torch.equal(again.get_buffer("bias").float(), torch.arange(6.0))
+    assert torch.equal(again.dequantize(), plain.dequantize())
+    assert layout.items() == plain.items() | {"bias": 12}
+    assert sum(layout.items().values()) == sum(tensor.nbytes for tensor in layout.state_dict().values())
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_bias_is_added_to_the_product(own: bool) -> None:
+    layout, x = packed(random_weight(6, 40)), torch.randn(3, 40)
+    bias = torch.randn(6) if own else None
+    without = QuantizedLinear(layout, bias)(x)
+    assert torch.allclose(QuantizedLinear(layout.with_bias(torch.ones(6)), bias)(x), without + 1, atol=1e-5)
+    assert QuantizedLinear(layout.with_bias(torch.ones(6)), bias).half()(x.half()).dtype == torch.float16
+
+
+def test_layer_errors_are_those_of_the_corrected_outputs() -> None:
+    weight, inputs = random_weight(6, 40), random_inputs(500, 40) + torch.linspace(-2, 3, 40)
+    quantized = packed(weight).dequantize()
+    accumulator = HessianAccumulator(40, inputs.device)
+    for batch in inputs.split(128):
+        accumulator.add(batch)
+    mean = accumulator.mean()
+    assert torch.allclose(mean, inputs.mean(0), atol=1e-5)
+    centered = accumulator.hessian() - 2 * torch.outer(mean, mean)
+    wanted, got = inputs @ weight.T, inputs @ quantized.T + (weight - quantized) @ mean
+    expected = float((wanted - got).square().sum() / wanted.square().sum())
+    assert layer_errors(weight, quantized, centered, mean)[1] == pytest.approx(expected, rel=1e-3)
+    uncorrected = float((wanted - inputs @ quantized.T).square().sum() / wanted.square().sum())
+    assert layer_errors(weight, quantized, hessian_of(inputs))[1] == pytest.approx(uncorrected, rel=1e-3)
+    assert expected < 0.8 * uncorrected
+
+
+def test_a_constant_input_is_left_to_the_bias() -> None:
+    inputs = random_inputs(200, 10)
+    inputs[:, 4] = 3.0
+    accumulator = HessianAccumulator(10, inputs.device)
+    accumulator.add(inputs)
+    hessian = accumulator.hessian().addr_(accumulator.mean(), accumulator.mean(), alpha=-2)
+    hessian.diagonal().clamp_(min=0)
+    assert torch.isfinite(factorize(hessian, 0.01).upper).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3_moe"])
+def test_through_the_whole_pipeline(family: str, tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    fields = {**SMALL_RECIPE, "calib": str(text_file), "method": "xnor"}
+    model = str(tiny_dir(family))
+    plain = signbit.quantize(model, tmp_path / "plain", Recipe(fields), device="cpu")
+    fields["bias_correction"] = True
+    corrected = signbit.quantize(model, tmp_path / "corrected", Recipe(fields), device="cpu")
+    first = {layer.name: layer.output_error for layer in plain.layers}
+    # Later layers see other inputs; where both see the same, the correction can only help.
+    same = [layer for layer in corrected.layers if ".0." in layer.name][:1]
+    assert all(layer.output_error < first[layer.name] * 1.02 for layer in same)  # type: ignore[operator]
+    found = signbit.inspect(tmp_path / "corrected")
+    assert found["items"]["bias"] == 2 * sum(layer["shape"][0] for layer in found["layers"])
+    assert sum(found["items"].values()) == found["bytes"]["quantized"]
+    loaded, _ = signbit.load(tmp_path / "corrected")
+    loaded.save_pretrained(tmp_path / "again")
+    tensors = {name: file.read_bytes() for file in tmp_path.glob("*/model.safetensors") for name in [file.parent.name]}
+    assert tensors["corrected"] == tensors["again"]
+
+
+def test_needs_calibration() -> None:
+    with pytest.raises(SignbitError, match="bias_correction needs calibration"):
+        Recipe({"method": "sign", "samples": 0, "bias_correction": True})
