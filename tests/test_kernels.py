@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from signbit.kernels import matmul, reference
-from signbit.layouts import Integers, Layout, Partial, SignPlanes, SplitPlanes, Structured
+from signbit.layouts import HaarPlanes, Integers, Layout, Partial, SignPlanes, SplitPlanes, Structured
+from signbit.layouts.haar_planes import SalientPart
 from signbit.methods.pruning import keep_best
 from signbit.methods.rtn import integer_rows
 from signbit.modules import QuantizedLinear, TiedHead, quantized_embedding
@@ -43,6 +44,21 @@ def split_planes(n: int, m: int) -> Layout:
         means=None,
         salient_scales=coefficients(n, with_salient, 2),
         salient_means=None,
+        group_size=64,
+    )
+
+
+def haar_planes(n: int, m: int) -> Layout:
+    groups = -(-m // 64)
+    salient = torch.arange(m) % 3 == 0
+    beside = random(n, int(salient.sum())) < 0
+    return HaarPlanes.encode(
+        axis="row",
+        negative=random(n, m) < 0,
+        second=random(m, n).T < 0,
+        scales=coefficients(n, groups, 2, 2),
+        means=random(n, groups, 2, 1).half(),
+        salient=SalientPart(salient, coefficients(n, groups, 2), random(n, groups, 2).half(), beside, ~beside),
         group_size=64,
     )
 
@@ -86,7 +102,7 @@ def structured(n: int, m: int) -> Layout:
     )
 
 
-LAYOUTS: list[Make] = [partial, sign_planes, split_planes, structured, integers]
+LAYOUTS: list[Make] = [haar_planes, partial, sign_planes, split_planes, structured, integers]
 
 
 def check(y: Tensor, x: Tensor, layout: Layout) -> None:

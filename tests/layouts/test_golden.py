@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from signbit.layouts import Integers, Layout, Partial, SignPlanes, SplitPlanes, Structured, describe
+from signbit.layouts import HaarPlanes, Integers, Layout, Partial, SignPlanes, SplitPlanes, Structured, describe
+from signbit.layouts.haar_planes import SalientPart
 from signbit.safetensors_file import copy_tensors, read_header
 
 # Negative: columns 0, 2 and 33 of the first row, 1 and 8 of the second.
@@ -106,6 +107,89 @@ def test_split_planes() -> None:
     }
     assert layout.dequantize()[0, [0, 1, 2, 3, 32, 33]].tolist() == [-0.5, 3.5, -4.5, 1.5, 2.0, -3.0]
     assert layout.dequantize()[1, [0, 1, 33]].tolist() == [1.5, 0.5, 3.0]
+
+
+def test_haar_planes_along_rows() -> None:
+    # Columns 33 and 1 are salient; weight 1 of row 0 is sparse, as is what column 33 lacks in row 1.
+    second, beside = torch.zeros(2, 34, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.bool)
+    second[0, 1] = True
+    beside[1, 1] = True
+    salient = torch.zeros(34, dtype=torch.bool)
+    salient[[1, 33]] = True
+    one = torch.ones(2, 2, 2, 2)
+    one[0, 0] = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
+    lacking = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.5, 0.25], [0.0, 16.0]]])
+    layout = HaarPlanes.encode(
+        axis="row",
+        negative=NEGATIVE,
+        second=second,
+        scales=one.half(),
+        means=torch.tensor([[[[0.5], [0.0]], [[0.0], [0.0]]], [[[0.0], [0.0]], [[0.0], [-1.0]]]]).half(),
+        salient=SalientPart(salient, lacking.half(), torch.zeros(2, 2, 2).half(), ~beside, beside),
+        group_size=32,
+    )
+    assert stored(layout) == {
+        "signs": SIGN_BYTES,
+        "second": "0200000000000000" + "0000000000000000",
+        "scales": half(1, 2, 4, 8, 1, 1, 1, 1) + half(*[1] * 8),
+        "means": half(0.5, 0, 0, 0) + half(0, 0, 0, -1),
+        "salient": "0200000002000000",
+        "salient_scales": half(1, 2, 3, 4) + half(0.5, 0.25, 0, 16),
+        "salient_means": half(0, 0, 0, 0) * 2,
+        "salient_signs": "03000000" + "01000000",
+        "salient_second": "00000000" + "02000000",
+    }
+    assert describe(layout) == {
+        "layout": "haar_planes",
+        "shape": [2, 34],
+        "axis": "row",
+        "group_size": 32,
+        "means": 1,
+        "salient_columns": 2,
+        "salient_groups": 2,
+        "scale_dtype": "float16",
+    }
+    root = torch.tensor(0.5**0.5)
+    # Low -1 + .5 and high 8 of row 0; column 1 lacks -1 in the low and -.5 in the high band of the two rows.
+    assert layout.dequantize()[0, 0] == (-0.5 + 8) * root
+    assert layout.dequantize()[0, 1] == (-0.5 - 8) * root + (-1 - 0.5) * root
+    # Low 1 and high -1 of the second group; column 33 lacks -3 and 16.
+    assert layout.dequantize()[0, 33] == (1 + 1) * root + (-3 + 16) * root
+
+
+def test_haar_planes_along_columns() -> None:
+    salient = torch.zeros(34, dtype=torch.bool)
+    salient[2] = True
+    layout = HaarPlanes.encode(
+        axis="column",
+        negative=NEGATIVE,
+        second=NEGATIVE,
+        scales=torch.tensor([[[[1.0, 2.0]], [[4.0, 8.0]]], [[[0.5, 0.25]], [[1.0, 1.0]]]]).half(),
+        means=None,
+        salient=SalientPart(salient, torch.tensor([[[3.0, 16.0]], [[5.0, 7.0]]]).half(), None),
+        group_size=32,
+    )
+    assert stored(layout) == {
+        "signs": SIGN_BYTES,
+        "second": SIGN_BYTES,
+        "scales": half(1, 2, 4, 8) + half(0.5, 0.25, 1, 1),
+        "salient": "0400000000000000",
+        "salient_scales": half(3, 16) + half(5, 7),
+    }
+    assert describe(layout) == {
+        "layout": "haar_planes",
+        "shape": [2, 34],
+        "axis": "column",
+        "group_size": 32,
+        "means": 0,
+        "salient_columns": 1,
+        "salient_groups": 1,
+        "scale_dtype": "float16",
+    }
+    root = torch.tensor(0.5**0.5)
+    assert layout.dequantize()[:, 0].tolist() == [(-2 + 0.5) * root, (-2 - 0.5) * root]
+    assert layout.dequantize()[:, 2].tolist() == [(-16 + 5) * root, (-16 - 5) * root]
+    assert layout.dequantize()[:, 33].tolist() == [(-8 + 1) * root, (-8 - 1) * root]
 
 
 def test_integers() -> None:

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_each_pass_lowers_the_error(size: int) -> None:
     for _ in range(6):
         descend(weight, factor, groups, codes, 1)
         errors.append(error_of(weight, codes, hessian))
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors))
     assert errors[1] < 0.97 * errors[0]
 
 

@@ -399,16 +399,18 @@ def test_the_row_variant_with_salient_columns_refuses_what_it_cannot_do(change: 
     Recipe.load("hbllm-column", change)
 
 
-@pytest.mark.parametrize(("preset", "most"), [("hbllm-row", 3.42), ("hbllm-column", 2.883), ("hbllm-plus", 2.19)])
-def test_stored_bits(preset: str, most: float) -> None:
-    """The paper's appendix D counts 3.418 and 2.883 bits with 1.08 signs a weight: 10 salient columns a group."""
+@pytest.mark.parametrize("width", [384, 576])
+@pytest.mark.parametrize(("preset", "coefficients"), [("hbllm-row", 10), ("hbllm-column", 7), ("hbllm-plus", 4)])
+def test_stored_bits(preset: str, coefficients: int, width: int) -> None:
+    """Two bits a weight and so many coefficients a row and group, as the paper's appendix D counts them."""
     options = Recipe.load(preset).options
-    assert isinstance(options, HBLLMOptions)
-    weight = random_weight(256, 768)
-    weight[:, 5::13] *= 6  # about 10 columns in 128
-    layout = hbllm.quantize(weight, random_factor(768), options)
-    beside = 2 * layout.spec.salient_columns / 768 if preset == "hbllm-row" else 0
-    assert bits_per_weight(layout) - beside <= most - (0.16 if preset == "hbllm-row" else 0) + 0.01
+    layout = hbllm.quantize(skewed_weight(256, width), random_factor(width), options)
+    salient = layout.spec.salient_columns
+    assert (salient > 0) == (preset != "hbllm-plus")
+    planes = 2 * width + (64 * -(-salient // 32) if preset == "hbllm-row" else 0)
+    columns = 32 * -(-width // 32) / 256 if salient else 0
+    expected = (planes + columns + 16 * coefficients * -(-width // options.group_size)) / width
+    assert bits_per_weight(layout) == pytest.approx(expected)
 
 
 def test_plus_beats_the_papers_presets_at_fewer_bits() -> None:

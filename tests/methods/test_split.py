@@ -1,10 +1,12 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from matrices import random_weight
-from signbit.methods.split import Grid, search_threshold, split_gains
+from signbit.methods.split import Center, Grid, Scale, search_row_thresholds, search_threshold, split_gains
 
 
 def error_of_split(x: Tensor, threshold: float, mean: bool) -> float:
@@ -73,3 +75,43 @@ def test_the_search_leaves_its_input_alone() -> None:
     before = x.clone()
     search_threshold(x, 81, "quantile", mean=True)
     assert torch.equal(x, before)
+
+
+# --- thresholds of rows -----------------------------------------------------------------------------------------------
+
+
+def error_of_row(row: np.ndarray, threshold: float, center: Center, scale: Scale) -> float:
+    total = 0.0
+    for part in (row[np.abs(row) <= threshold], row[np.abs(row) > threshold]):
+        if part.size:
+            deviation = np.abs(part - {"zero": 0.0, "shared": row.mean(), "own": part.mean()}[center])
+            size = deviation.mean() if scale == "l1" else np.sqrt((deviation**2).mean())
+            total += float(((deviation - size) ** 2).sum())
+    return total
+
+
+@pytest.mark.parametrize("each_row", [False, True])
+@pytest.mark.parametrize("scale", get_args(Scale))
+@pytest.mark.parametrize("center", get_args(Center))
+@pytest.mark.parametrize(("n", "k"), [(6, 61), (1, 5), (4, 2), (3, 1)])
+def test_row_thresholds_are_the_best_candidates(n: int, k: int, center: Center, scale: Scale, each_row: bool) -> None:
+    x = random_weight(n, k) + 0.1
+    found = search_row_thresholds(x, 41, center, scale, each_row)
+    assert found.shape == (n, 1)
+    rows = x.double().numpy()
+    pools = np.abs(rows) if each_row else np.broadcast_to(np.abs(rows).flatten(), (n, n * k))
+    candidates = np.quantile(pools, np.linspace(0.1, 0.9, 41), axis=1, method="nearest")
+    errors = np.array([[error_of_row(rows[i], c[i], center, scale) for i in range(n)] for c in candidates])
+    reached = np.array([error_of_row(rows[i], float(found[i]) + 1e-9, center, scale) for i in range(n)])
+    if not each_row:
+        assert len(set(found.flatten().tolist())) == 1
+        errors, reached = errors.sum(1), reached.sum()
+    assert np.allclose(reached, errors.min(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("center", get_args(Center))
+@pytest.mark.parametrize("value", [0.0, -0.7])
+def test_row_thresholds_of_constant_rows(center: Center, value: float) -> None:
+    assert torch.equal(
+        search_row_thresholds(torch.full((4, 9), value), 41, center, "l1", True), torch.full((4, 1), abs(value))
+    )

@@ -1,3 +1,4 @@
+import dataclasses
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -226,7 +227,7 @@ def test_assigning_never_brings_a_pruned_weight_back(mean: bool) -> None:
     for column in range(24):
         assert not code.assign(column, torch.full((30,), 5.0))[~kept[:, column]].any()
     code.set_coefficients(torch.ones(len(code.features()), 30))
-    assert not code.values()[~kept].any() and torch.equal(code.kept, kept)
+    assert not code.values()[~kept].any() and torch.equal(code.kept.T, kept)
     assert not code.features()[:, ~kept].any()
 
 
@@ -278,7 +279,8 @@ def test_reassigned_weights_get_the_nearest_value(mean: bool, regions: int) -> N
     kept = torch.ones(60, 24, dtype=torch.bool)
     code = quantize_group(weight, kept, torch.ones(24), options)
     assert sum(code.salient) == (0 if regions == 1 else 5)
-    code.residual_scale[::2] *= 9  # then the residual's scale is the larger one
+    # In one row of two the residual's scale is the larger one.
+    code = dataclasses.replace(code, residual_scale=code.residual_scale * torch.tensor([9, 1]).repeat(30))
     means = torch.zeros_like(code.scales) if code.means is None else code.means
     for column in range(24):
         drifted = weight[:, column] + 0.5 * torch.randn(60, generator=torch.Generator().manual_seed(column))

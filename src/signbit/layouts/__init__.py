@@ -13,7 +13,9 @@ from signbit.layouts.sign_planes import SignPlanes
 from signbit.layouts.split_planes import SplitPlanes
 from signbit.layouts.structured import Structured
 
-LAYOUTS: dict[str, type[Layout]] = {layout.kind: layout for layout in (SignPlanes, SplitPlanes, HaarPlanes, Partial, Structured, Integers)}
+LAYOUTS: dict[str, type[Layout]] = {
+    layout.kind: layout for layout in (SignPlanes, SplitPlanes, HaarPlanes, Partial, Structured, Integers)
+}
 
 __all__ = [
     "LAYOUTS",

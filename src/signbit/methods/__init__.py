@@ -5,6 +5,8 @@ from __future__ import annotations
 from signbit.methods import arb_llm, billm, gptq, hbllm, pb_llm, rtn, sign, stbllm, xnor
 from signbit.methods.options import Method, MethodOptions
 
-METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (sign, xnor, billm, arb_llm, hbllm, pb_llm, rtn, gptq, stbllm)}
+METHODS: dict[str, Method] = {
+    module.METHOD.name: module.METHOD for module in (sign, xnor, billm, arb_llm, hbllm, pb_llm, rtn, gptq, stbllm)
+}
 
 __all__ = ["METHODS", "Method", "MethodOptions"]

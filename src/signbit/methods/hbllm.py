@@ -15,8 +15,9 @@ stay what they are, and it takes neighbours' common part apart from their differ
    The two share the mean mu of the row and band (``share_mean``) and have a scale each.
 4. Salient columns. Column variant: they are left out of step 3 and coded by it on their own, each part with a mean of
    its own. Row variant: first they are replaced by the average of the ordinary ones among their three neighbours on
-   either side (FillAvg), so that they do not spoil their partners' coefficients; what step 3 makes of that is
-   subtracted from them, and the rest is coded like salient columns of the column variant, by pairs of rows, and added.
+   either side (FillAvg; of all ordinary ones if there are none), so that they do not spoil their partners'
+   coefficients; what step 3 makes of that is subtracted from them, and the rest is coded like salient columns of the
+   column variant, by pairs of rows, and added.
 5. The error goes to the groups still to come (sweep.py).
 
 Where the released code departs:
@@ -94,11 +95,11 @@ class HaarCode:
         self._codebooks = self.codebooks.tolist()
 
     def values(self) -> Tensor:
-        scales, means = (None if x is None else x.index_select(0, self.codebooks) for x in (self.scales, self.means))
-        assert scales is not None
-        return code_values(
-            as_signs(self.negative), self.sparse.float(), _pair(scales), None if means is None else _pair(means)
-        ).T
+        def of_columns(coefficients: Tensor) -> tuple[Tensor, Tensor]:
+            return _pair(coefficients.index_select(0, self.codebooks))
+
+        means = None if self.means is None else of_columns(self.means)
+        return code_values(as_signs(self.negative), self.sparse.float(), of_columns(self.scales), means).T
 
     def assign(self, column: int, weights: Tensor) -> Tensor:
         """The nearest of four values. torch.where and copysign give what the layout's sum does, in fewer operations."""
@@ -212,8 +213,8 @@ def salient_columns(weight: Tensor, diagonal: Tensor, options: HBLLMOptions) -> 
 
 
 def fill_average(weight: Tensor, salient: Tensor, reach: int) -> Tensor:
-    """FillAvg: salient columns of a group replaced by the average of the ordinary ones at most ``reach`` away, or of all
-    ordinary ones if there are none so near; by 0 if all are salient."""
+    """FillAvg: salient columns of a group replaced by the average of the ordinary ones at most ``reach`` away, or of
+    all ordinary ones if there are none so near; by 0 if all are salient."""
     places, marked = torch.arange(weight.shape[1], device=weight.device), salient.nonzero().squeeze(1)
     ordinary = ~salient.unsqueeze(1)
     near = ((places.unsqueeze(1) - marked).abs() <= reach) & ordinary

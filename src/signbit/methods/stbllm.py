@@ -96,9 +96,13 @@ class StbllmOptions(SweepOptions):
 
 @dataclass
 class StructuredCode:
-    """One group. negative, residual: bool [n, k]; members: bool [P, n, k], the parts: regions, then salient weights if
-    any column is salient; coefficients in storage dtype: scales and means [P, n], residual scale [n]."""
+    """One group. kept, negative, residual: bool [k, n]; members: bool [P, k, n], the parts: regions, and salient
+    weights if any column is ``salient``; scales and means [P, n] and residual scale [n] in storage dtype.
 
+    Columns come first, so that the column-by-column work is on runs of memory.
+    """
+
+    kept: Tensor
     negative: Tensor
     residual: Tensor
     members: Tensor
@@ -109,44 +113,68 @@ class StructuredCode:
 
     def __post_init__(self) -> None:
         self.regions = len(self.scales) - any(self.salient)
+        self._set_floats()
 
-    @property
-    def kept(self) -> Tensor:
-        """Bool [n, k]."""
-        return self.members.any(0)
+    def _set_floats(self) -> None:
+        self._scales, self._residual_scale = self.scales.float(), self.residual_scale.float()
+        self._means = None if self.means is None else self.means.float()
 
     def values(self) -> Tensor:
-        return self._values(slice(None))
+        # The layout's own sum, so that packing changes nothing.
+        members, residual = self.members.mT.float(), None
+        if self.regions < len(self.scales):
+            residual = self._residual_scale.unsqueeze(1) * as_signs(self.residual.T) * members[-1]
+        means = None if self._means is None else self._means.unsqueeze(2)
+        return kept_values(as_signs(self.negative.T), members, self._scales.unsqueeze(2), means, residual)
 
     def assign(self, column: int, weights: Tensor) -> Tensor:
-        """The nearest of a kept weight's values, its region or its residual's sign included; 0 for a pruned one."""
-        at = slice(column, column + 1)
-        if self.salient[column]:
-            deviation = weights if self.means is None else weights - self.means[-1].float()
-            # Taking the larger scale's sign first makes the greedy choice the nearest of the four values.
-            first, second = self.scales[-1].float(), self.residual_scale.float()
-            swapped = second > first
-            larger = deviation < 0
-            smaller = deviation - torch.maximum(first, second) * as_signs(larger) < 0
-            self.negative[:, column] = torch.where(swapped, smaller, larger)
-            self.residual[:, column] = torch.where(swapped, larger, smaller)
-        elif self.regions == 1:
-            self.negative[:, column] = weights < 0 if self.means is None else weights < self.means[0].float()
-        else:
-            scales = self.scales[: self.regions].float()
-            means = 0.0 if self.means is None else self.means[: self.regions].float()
-            deviations = weights - means
-            region = (deviations.abs() - scales).abs_().expand(self.regions, -1).argmin(0)
-            self.negative[:, column] = deviations.expand(self.regions, -1).gather(0, region.unsqueeze(0))[0] < 0
-            regions = self.members[: self.regions, :, column]
-            regions.copy_((region == torch.arange(self.regions, device=region.device).unsqueeze(1)) & regions.any(0))
-        return self._values(at).squeeze(1)
+        """The nearest of a kept weight's values, its region or its residual's sign included; 0 for a pruned one.
+
+        copysign gives what the layout's sum does, in fewer operations.
+        """
+        value = self._assign_salient if self.salient[column] else self._assign_region
+        return value(column, weights) * self.kept[column]
+
+    def _assign_salient(self, column: int, weights: Tensor) -> Tensor:
+        deviation = self._deviation(-1, weights)
+        # Taking the larger scale's sign first makes the greedy choice the nearest of the four values.
+        swapped = self._residual_scale > self._scales[-1]
+        larger = torch.copysign(torch.maximum(self._residual_scale, self._scales[-1]), deviation)
+        rest = deviation - larger
+        smaller = torch.copysign(torch.minimum(self._residual_scale, self._scales[-1]), rest)
+        self.negative[column] = torch.where(swapped, rest, deviation) < 0
+        self.residual[column] = torch.where(swapped, deviation, rest) < 0
+        value = larger + smaller
+        return value if self._means is None else value + self._means[-1]
+
+    def _assign_region(self, column: int, weights: Tensor) -> Tensor:
+        kept, members = self.kept[column], self.members[: self.regions, column]
+        deviation = self._deviation(0, weights)
+        part = torch.copysign(self._scales[0], deviation)
+        value = part if self._means is None else part + self._means[0]
+        if self.regions > 1:
+            distance = (deviation - part).abs_()
+            members[0] = kept
+        for region in range(1, self.regions):
+            other = self._deviation(region, weights)
+            part = torch.copysign(self._scales[region], other)
+            farther = (other - part).abs_()
+            closer = farther < distance
+            members[:region] &= ~closer
+            torch.logical_and(closer, kept, out=members[region])
+            value = torch.where(closer, part if self._means is None else part + self._means[region], value)
+            distance, deviation = torch.minimum(distance, farther), torch.where(closer, other, deviation)
+        torch.lt(deviation, 0, out=self.negative[column])
+        return value
+
+    def _deviation(self, part: int, weights: Tensor) -> Tensor:
+        return weights + 0.0 if self._means is None else weights - self._means[part]  # -0.0 is not negative
 
     def features(self) -> Tensor:
-        members, signs = self.members.float(), as_signs(self.negative)
+        members, signs = self.members.mT.float(), as_signs(self.negative.T)
         features = [members * signs]
         if self.regions < len(self.scales):
-            features.append(members[-1:] * as_signs(self.residual))
+            features.append(members[-1:] * as_signs(self.residual.T))
         if self.means is not None:
             features.append(members)
         return torch.cat(features)
@@ -158,20 +186,11 @@ class StructuredCode:
             self.residual_scale = coefficients[parts].abs().to(dtype)
         if self.means is not None:
             self.means = coefficients[-parts:].to(dtype)
-
-    def _values(self, columns: slice) -> Tensor:
-        # The layout's own sum, so that packing changes nothing.
-        members, residual = self.members[:, :, columns].float(), None
-        if self.regions < len(self.scales):
-            residual = self.residual_scale.float().unsqueeze(1) * as_signs(self.residual[:, columns]) * members[-1]
-        means = None if self.means is None else self.means.float().unsqueeze(2)
-        return kept_values(
-            as_signs(self.negative[:, columns]), members, self.scales.float().unsqueeze(2), means, residual
-        )
+        self._set_floats()
 
 
 def quantize_group(weight: Tensor, kept: Tensor, diagonal: Tensor, options: StbllmOptions) -> StructuredCode:
-    """Steps 2 and 3 for the weights [n, k] of one group, of which ``kept`` (bool [n, k]) are not pruned; its columns have
+    """Steps 2 and 3 for the weights [n, k] of one group, those not ``kept`` (bool [n, k]) pruned; its columns have
     U_jj = ``diagonal`` [k]."""
     with phase("search"):
         scores = salience(weight, diagonal, options.salience) * kept
@@ -194,10 +213,12 @@ def quantize_group(weight: Tensor, kept: Tensor, diagonal: Tensor, options: Stbl
                 first.mean = (first.mean.float() + second.mean.float()).to(dtype)
             parts.append(first)
         together = torch.stack(members)
+        negative = (torch.stack([part.negative for part in parts]) & together).any(0)
         return StructuredCode(
-            negative=(torch.stack([part.negative for part in parts]) & together).any(0),
-            residual=residual & together[-1],
-            members=together,
+            kept=kept.T.contiguous(),
+            negative=negative.T.contiguous(),
+            residual=(residual & together[-1]).T.contiguous(),
+            members=together.mT.contiguous(),
             salient=salient.tolist(),
             scales=torch.stack([part.scale for part in parts]),
             means=torch.stack([part.mean for part in parts if part.mean is not None]) if options.mean else None,
@@ -237,7 +258,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: StbllmOptions) -> S
     size = options.groups_of(weight.shape[1])
     if options.mask_size:
         first = run(options.mask_size, prune, options.model_copy(update={"passes": 0}))
-        kept = torch.cat([code.kept for code in first], dim=1)
+        kept = torch.cat([code.kept for code in first]).T
         codes = run(size, lambda _, columns: kept[:, columns], options)
     else:
         codes = run(size, prune, options)
@@ -248,23 +269,21 @@ def quantize(weight: Tensor, factor: Factor | None, options: StbllmOptions) -> S
 def _pack(codes: Sequence[StructuredCode], options: StbllmOptions, size: int) -> Structured:
     regions = options.regions
     marked = [code for code in codes if any(code.salient)]
-    n, dtype, device = len(codes[0].negative), options.storage, codes[0].negative.device
-    # At salient columns the region map holds the residual's sign.
-    region = [code.members[:regions].int().argmax(0).to(torch.uint8) + code.residual.to(torch.uint8) for code in codes]
-    nothing = torch.zeros(n, 0, dtype=dtype, device=device)
+    nothing = codes[0].residual_scale.unsqueeze(1)[:, :0]
     salient_scales = [torch.stack([code.scales[-1], code.residual_scale], dim=1) for code in marked]
     salient_means = [code.means[-1] for code in marked if code.means is not None]
+    means = [code.means[:regions].T for code in codes if code.means is not None]
+    # At salient columns the region map holds the residual's sign.
+    region = [code.members[:regions].to(torch.uint8).argmax(0) + code.residual * code.kept for code in codes]
     return Structured.encode(
-        kept=torch.cat([code.kept for code in codes], dim=1),
+        kept=torch.cat([code.kept for code in codes]).T,
         keep=options.keep,
         of=options.of,
-        negative=torch.cat([code.negative for code in codes], dim=1),
-        region=torch.cat(region, dim=1),
-        salient=torch.tensor([salient for code in codes for salient in code.salient], device=device),
+        negative=torch.cat([code.negative for code in codes]).T,
+        region=torch.cat(region).T.to(torch.uint8),
+        salient=torch.tensor([salient for code in codes for salient in code.salient], device=nothing.device),
         scales=torch.stack([code.scales[:regions].T for code in codes], dim=1),
-        means=torch.stack([code.means[:regions].T for code in codes if code.means is not None], dim=1)
-        if options.mean
-        else None,
+        means=torch.stack(means, dim=1) if options.mean else None,
         salient_scales=torch.stack(salient_scales, dim=1) if marked else nothing.unsqueeze(2).expand(-1, 0, 2),
         salient_means=(torch.stack(salient_means, dim=1) if marked else nothing) if options.mean else None,
         group_size=size,
