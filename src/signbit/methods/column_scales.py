@@ -15,6 +15,7 @@ passes of descent, now to the layer's output. With Q fixed, the least tr((W - Q 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,10 @@ from torch import Tensor
 from signbit.calibration.hessian import Factor
 from signbit.methods.descent import descend_on
 from signbit.methods.options import SweepOptions
-from signbit.methods.sweep import Code, groups_of, sweep
+from signbit.methods.sweep import GroupCode, groups_of, sweep
 from signbit.timing import phase
+
+Code = TypeVar("Code", bound=GroupCode)
 
 # Rounds of row and column scales in turns: it converges like a power iteration on a matrix close to rank one.
 _ROUNDS = 15

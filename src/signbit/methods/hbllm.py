@@ -154,15 +154,6 @@ class FilledCode:
         values[:, self.salient] += haar(self.lacking.values(), 0)
         return values
 
-    def assign(self, column: int, weights: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def features(self) -> Tensor:
-        raise NotImplementedError
-
-    def set_coefficients(self, coefficients: Tensor) -> None:
-        raise NotImplementedError
-
 
 def fit(coefficients: Tensor, codebooks: Tensor, own: tuple[bool, ...], options: HBLLMOptions) -> HaarCode:
     """Step 3 for ``coefficients`` [n, k], whose columns belong to these ``codebooks`` [k]."""

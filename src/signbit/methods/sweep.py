@@ -21,7 +21,7 @@ made, and makes the choices anew, so many times. ``passes`` goes over the finish
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,13 +35,17 @@ from signbit.timing import phase
 LAZY_COLUMNS = 32
 
 
-class GroupCode(Protocol):
-    """The decision for one group of columns: a discrete choice for each weight, and coefficients for each row, in which
-    the values are linear."""
+class GroupValues(Protocol):
+    """The decision for one group of columns."""
 
     def values(self) -> Tensor:
         """What the layout will dequantize to, float32 [n, k]."""
         ...
+
+
+class GroupCode(GroupValues, Protocol):
+    """A decision that can be looked at again: a choice for each weight, and coefficients for each row, in which the
+    values are linear. ``feedback: column``, ``refits`` and ``passes`` need one."""
 
     def assign(self, column: int, weights: Tensor) -> Tensor:
         """Choose one column's nearest values to these weights [n], coefficients frozen; its new values [n]."""
@@ -59,7 +63,7 @@ class GroupCode(Protocol):
         ...
 
 
-Code = TypeVar("Code", bound=GroupCode)
+Code = TypeVar("Code", bound=GroupValues)
 
 
 def sweep(
@@ -89,7 +93,7 @@ def sweep(
                 work[:, columns.stop :] -= error @ factor.upper[columns, columns.stop :]
     if options.passes:
         with phase("descent"):
-            descend(weight, factor, groups, codes, options.passes)
+            descend(weight, factor, groups, cast(list[GroupCode], codes), options.passes)
     return codes
 
 
@@ -100,18 +104,25 @@ def groups_of(columns: int, group_size: int) -> list[slice]:
 
 
 def _group_error(
-    weight: Tensor, factor: Factor, columns: slice, code: GroupCode, options: SweepOptions
+    weight: Tensor, factor: Factor, columns: slice, code: GroupValues, options: SweepOptions
 ) -> Tensor | None:
     """Settle the code of one group with weights [n, k]; the error E that it passes on."""
     if options.feedback == "none":
         return None
     upper, root = factor.upper[columns, columns], factor.inverse[columns, columns]
+    if options.feedback == "column" or options.refits:
+        _settle(weight, upper, root, cast(GroupCode, code), options)
+    error = weight - code.values()
+    return error / upper.diagonal() if options.feedback == "diagonal" else error @ root
+
+
+def _settle(weight: Tensor, upper: Tensor, root: Tensor, code: GroupCode, options: SweepOptions) -> None:
+    """Choices and coefficients of one group in turns."""
     by_column = options.feedback == "column"
+    metric = root @ root.T
+    product = weight @ metric
     if by_column:
         _quantize_columns(weight, upper, code)
-    if options.refits:
-        metric = root @ root.T
-        product = weight @ metric
     for _ in range(options.refits):
         code.set_coefficients(least_squares(code.features(), product, metric))
         if by_column:
@@ -119,8 +130,6 @@ def _group_error(
         else:
             for j in range(weight.shape[1]):
                 code.assign(j, weight[:, j])
-    error = weight - code.values()
-    return error / upper.diagonal() if options.feedback == "diagonal" else error @ root
 
 
 def _quantize_columns(weight: Tensor, upper: Tensor, code: GroupCode) -> None:
