@@ -12,6 +12,7 @@ from signbit.layouts.bits import unpack_bits
 from signbit.methods import billm
 from signbit.methods.billm import BiLLMOptions, quantize_group
 from signbit.methods.options import Feedback
+from signbit.recipe import Recipe
 from signbit.methods.split_code import SplitCode
 
 FEEDBACKS = get_args(Feedback)
@@ -226,6 +227,30 @@ def test_each_step_lowers_the_output_error() -> None:
     assert error(feedback="column") < error(feedback="block") < error(feedback="none")
     assert error() < error(max_salient=0)
     assert error() < error(split_candidates=1)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_refits_and_passes_lower_the_output_error(mean: bool) -> None:
+    hessian = hessian_of(random_inputs(400, 96))
+    factor, weight = factorize(hessian, 0.01), skewed_weight(24, 96)
+
+    def error(**options: Any) -> float:
+        chosen = BiLLMOptions(group_size=48, feedback="column", mean=mean, **options)
+        return quadratic(billm.quantize(weight, factor, chosen).dequantize() - weight, hessian)
+
+    assert error(refits=2, passes=3) < error(refits=2) < error()
+
+
+def test_plus_has_less_error_in_fewer_bits() -> None:
+    hessian = hessian_of(random_inputs(1000, 256))
+    factor, weight = factorize(hessian, 0.01), skewed_weight(64, 256)
+    found = {}
+    for name in ("billm", "billm-plus"):
+        layout = billm.quantize(weight, factor, Recipe.load(name).options)  # type: ignore[arg-type]
+        bias = 2 * 64 if Recipe.load(name).common.bias_correction else 0
+        found[name] = (quadratic(layout.dequantize() - weight, hessian), sum(layout.items().values()) + bias)
+    assert found["billm-plus"][0] < 0.8 * found["billm"][0]
+    assert found["billm-plus"][1] < found["billm"][1]
 
 
 def test_deterministic() -> None:
