@@ -172,6 +172,14 @@ def test_inputs_that_are_always_zero_are_noted(tiny_dir: MakeDir, text_file: Pat
 # --- determinism ------------------------------------------------------------------------------------------------------
 
 
+def test_a_group_wider_than_the_row_is_noted(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    report = pipeline.quantize(
+        str(tiny_dir("llama")), tmp_path / "out", recipe(text_file, group_size=50_000), device="cpu"
+    )
+    for layer in report.layers:
+        assert layer.notes == [f"a row of {layer.shape[1]} columns is one group: group_size is 50000"]
+
+
 @pytest.mark.parametrize("calib", ["file", "self"])
 def test_a_seed_determines_every_byte(calib: str, tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
     found = []

@@ -344,7 +344,7 @@ class BlockwiseRun:
             weight_error=weight_error,
             output_error=output_error,
             damping=None if factor is None else factor.damping,
-            notes=[] if calibration is None else calibration.notes,
+            notes=options.notes(weight.shape[1]) + ([] if calibration is None else calibration.notes),
         )
 
     def _calibration_of(self, capture: HessianCapture, prefix: str, name: str) -> _Calibration:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,23 +83,23 @@ def quantization_table(report: QuantizationReport) -> Table:
 
 def unquantized_table(unquantized: dict[str, str]) -> Table:
     """What was left as it is, counted by reason."""
-    table = _table("not quantized because", "tensors", "for example")
-    reasons: dict[str, list[str]] = {}
-    for name, reason in unquantized.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        table.add_row(reason, str(len(names)), names[0])
-    return table
+    return _counted_table(("not quantized because", "tensors", "for example"), unquantized.items())
 
 
 def notes_table(report: QuantizationReport) -> Table | None:
-    """Layers with anything out of the ordinary; None if there are none."""
+    """Anything out of the ordinary, and how many layers it befell; None if there is nothing."""
     noted = [(layer.name, note) for layer in report.layers for note in layer.notes]
-    if not noted:
-        return None
-    table = _table("layer", "note")
-    for row in noted:
-        table.add_row(*row)
+    return _counted_table(("note", "layers", "for example"), noted) if noted else None
+
+
+def _counted_table(headings: tuple[str, str, str], found: Iterable[tuple[str, str]]) -> Table:
+    """(name, reason) pairs, counted by reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in found:
+        names.setdefault(reason, []).append(name)
+    table = _table(*headings)
+    for reason, of_reason in names.items():
+        table.add_row(reason, str(len(of_reason)), of_reason[0])
     return table
 
 

@@ -12,8 +12,8 @@ from signbit.layouts.bits import unpack_bits
 from signbit.methods import billm
 from signbit.methods.billm import BiLLMOptions, quantize_group
 from signbit.methods.options import Feedback
-from signbit.recipe import Recipe
 from signbit.methods.split_code import SplitCode
+from signbit.recipe import Recipe
 
 FEEDBACKS = get_args(Feedback)
 

@@ -5,6 +5,7 @@
 
 The levels s (q + 1/2) are the 2^code_bits evenly spaced ones of an affine quantizer, counted from its middle. Their
 sign is the sign that every weight has anyway: a salient weight stores code_bits - 1 bits beside it and none is wasted.
+Without ``mean`` both kinds are symmetric around zero: there is neither mean nor code_offset.
 
 Stored for n rows, m columns, G groups, C groups of codes, K salient weights:
 
@@ -17,7 +18,7 @@ Stored for n rows, m columns, G groups, C groups of codes, K salient weights:
 | ends | [strips, 2], or [strips, 1] for a bitmap | int32 | salient weights, and gaps, up to the end of a strip |
 | codes | [code_bits - 1, packed_width(K)] | uint8 | q of the salient weights, row by row, as bit planes |
 | code_scales | [n, C] | scale dtype | |
-| code_offsets | [n, C] | scale dtype | the middle of the quantizer's range |
+| code_offsets | [n, C] | scale dtype | the middle of the quantizer's range; only if ``mean`` |
 
 Groups of codes are those of the scales, or whole rows: ``code_group_size`` is ``group_size`` or 0.
 """
@@ -68,7 +69,8 @@ class PartialSpec(LayoutSpec):
         tensors["ends"] = TensorSpec((strip_count(n), 2 if self.gap_bits else 1), torch.int32, "masks")
         tensors["codes"] = TensorSpec((self.code_bits - 1, packed_width(self.salient)), torch.uint8, "codes")
         tensors["code_scales"] = code_scales
-        tensors["code_offsets"] = TensorSpec(code_scales.shape, dtype, "means")
+        if self.mean:
+            tensors["code_offsets"] = TensorSpec(code_scales.shape, dtype, "means")
         return tensors
 
     def _check(self) -> None:
@@ -92,9 +94,10 @@ def ordinary_values(signs: Tensor, scale: Tensor, mean: Tensor | None) -> Tensor
     return values if mean is None else values + mean
 
 
-def salient_values(signs: Tensor, q: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+def salient_values(signs: Tensor, q: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """Float32 values of coded weights; everything float32 and broadcast, signs +-1, q whole."""
-    return scale * (signs * (q + 0.5)) + offset
+    values = scale * (signs * (q + 0.5))
+    return values if offset is None else values + offset
 
 
 class Partial(Layout):
@@ -107,7 +110,6 @@ class Partial(Layout):
     ends: Tensor
     codes: Tensor
     code_scales: Tensor
-    code_offsets: Tensor
 
     @classmethod
     def encode(
@@ -119,11 +121,14 @@ class Partial(Layout):
         q: Tensor,
         code_bits: int,
         code_scales: Tensor,
-        code_offsets: Tensor,
+        code_offsets: Tensor | None,
         group_size: int,
     ) -> Partial:
         """Pack bool ``negative`` and ``salient`` [n, m], integers ``q`` [n, m] (read where salient) and coefficients
-        already in storage dtype: scales, means [n, G], code_scales, code_offsets [n, G] or, a row's, [n, 1]."""
+        already in storage dtype: scales, means [n, G], code_scales, code_offsets [n, G] or, a row's, [n, 1]. Means and
+        offsets are both there or both None."""
+        if (means is None) != (code_offsets is None):
+            raise ValueError("partial: means and code_offsets go together")
         n, m = negative.shape
         where = positions.encode(salient)
         spec = PartialSpec(
@@ -144,10 +149,9 @@ class Partial(Layout):
             "ends": where.ends,
             "codes": pack_integers(q[salient], code_bits - 1),
             "code_scales": code_scales,
-            "code_offsets": code_offsets,
         }
-        if means is not None:
-            tensors["means"] = means
+        if means is not None and code_offsets is not None:
+            tensors |= {"means": means, "code_offsets": code_offsets}
         return cls(spec, tensors)
 
     @property
@@ -172,11 +176,15 @@ class Partial(Layout):
         coefficient = row
         if self.code_scales.shape[1] > 1:
             coefficient = row * self.code_scales.shape[1] + (place - row * m) // self.spec.code_group_size
+
+        def of_codes(name: str) -> Tensor:
+            return self.get_buffer(name)[tile].float().flatten().index_select(0, coefficient)
+
         values[place] = salient_values(
             signs.flatten().index_select(0, place),
             unpack_integers(self.codes, code.start, code.stop),
-            self.code_scales[tile].float().flatten().index_select(0, coefficient),
-            self.code_offsets[tile].float().flatten().index_select(0, coefficient),
+            of_codes("code_scales"),
+            of_codes("code_offsets") if self.spec.mean else None,
         )
         return values.view(-1, m)[start - top : stop - top : step]
 

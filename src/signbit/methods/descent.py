@@ -25,6 +25,8 @@ from signbit.calibration.hessian import Factor
 if TYPE_CHECKING:
     from signbit.methods.sweep import GroupCode
 
+# Columns between two updates of the rest of a group in column-by-column work (GPTQ's lazy batch).
+LAZY_COLUMNS = 32
 # Ridge on the normal equations, relative to their diagonal: features that are zero, or alike, must do no harm.
 _RIDGE = 1e-6
 
@@ -60,10 +62,19 @@ def descend_on(weight: Tensor, hessian: Tensor, groups: list[slice], codes: Sequ
 
 
 def _choose_again(product: Tensor, metric: Tensor, code: GroupCode) -> None:
-    """One round over the columns of one group; product: t H_bb [n, k] for the target t that the group has."""
+    """One round over the columns of one group; product: t H_bb [n, k] for the target t that the group has.
+
+    Each column's gradient is up to date when its turn comes, and out of date afterwards.
+    """
     values = code.values()
     gradient = (product - values @ metric).T.contiguous()
     values = values.T.contiguous()
-    for j in range(len(metric)):
-        chosen = code.assign(j, values[j] + gradient[j] / metric[j, j])
-        gradient.addr_(metric[j], chosen - values[j], alpha=-1)
+    k = len(metric)
+    for start in range(0, k, LAZY_COLUMNS):
+        stop = min(start + LAZY_COLUMNS, k)
+        changes = torch.empty_like(values[start:stop])
+        for j in range(start, stop):
+            change = changes[j - start]
+            torch.sub(code.assign(j, values[j] + gradient[j] / metric[j, j]), values[j], out=change)
+            gradient[j + 1 : stop].addr_(metric[j, j + 1 : stop], change, alpha=-1)
+        gradient[stop:].addmm_(metric[stop:, start:stop], changes, alpha=-1)

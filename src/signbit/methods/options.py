@@ -28,6 +28,12 @@ class MethodOptions(BaseModel):
         """``group_size`` for a matrix with this many columns, normalised: a group of the whole row is 0."""
         return 0 if self.group_size >= columns else self.group_size
 
+    def notes(self, columns: int) -> list[str]:
+        """What a matrix with this many columns cannot have of these options, for the report."""
+        if self.group_size <= columns:
+            return []
+        return [f"a row of {columns} columns is one group: group_size is {self.group_size}"]
+
     @property
     def storage(self) -> Any:
         return SCALE_DTYPES[self.scale_dtype]

@@ -7,6 +7,7 @@ A few salient weights of a matrix, wherever they are, keep 8 bits; the rest is b
 2. Salient weights. Affine codes, evenly spaced over the range of the whole row:
        step = (max_j w_ij - min_j w_ij) / (2^bits - 1)
        w ~ step s (q + 1/2) + (max + min) / 2               s = +-1,  q = 0 .. 2^(bits - 1) - 1
+   ``mean: false`` is for the codes too: the range is then -max_j |w_ij| to max_j |w_ij|, with no middle to store.
 3. The others, per row and group; averages over themselves only:
        b = sgn(w - mu),   mu = mean w,   alpha = mean|w - mu|;   w ~ mu + alpha b
 4. All that looks at the original weights. Then GPTQ's sweep goes over the columns one by one, each weight taking the
@@ -26,7 +27,7 @@ Paper and released code differ, and the preset ``pb-llm`` takes
 What the preset ``pb-llm-plus`` changes. ``salience: error`` asks what binarizing a weight would cost rather than what
 zeroing it would: s_ij = (w_ij - mu - alpha b)^2 / U_jj^2. A weight that happens to be as large as the scale needs no
 code however salient it is, and one near zero may. alpha is that of the weights that are not chosen, so choice and scale
-are found in turns. Codes have four bits and a searched range, which pays for more of them. Coefficients are one set a
+are found in turns. Codes have four bits and a searched range, which pays for more of them. Coefficients are two scales a
 row, no means, fitted again with the choices known (``refits``, ``passes``).
 
 The decision is stored in the layout ``partial``.
@@ -59,6 +60,7 @@ _NARROWEST = 0.4
 
 
 class PBLLMOptions(SweepOptions):
+    mean: bool = Field(True, description="store a mean beside every scale, and the middle of every range of codes")
     feedback: Feedback = Field("column", description="how the sweep passes a group's error on")
     salience: Literal["hessian", "magnitude", "error"] = Field("hessian", description="what makes a weight salient")
     salient_fraction: float = Field(0.1, ge=0, le=1, description="share of each group's weights that is salient")
@@ -80,8 +82,11 @@ class PBLLMOptions(SweepOptions):
 
 @dataclass
 class PartialCode:
-    """One group: negative, salient bool and q uint8 [n, k] (q means something where salient), coefficients [n] in
-    storage dtype, q below ``levels``."""
+    """One group: negative, salient bool and q float32 [k, n], q whole, below ``levels``, and of meaning where salient.
+    Coefficients [n] in storage dtype; mean and code_offset are both there or both None.
+
+    Columns come first, so that the column-by-column work is on runs of memory.
+    """
 
     negative: Tensor
     salient: Tensor
@@ -90,56 +95,55 @@ class PartialCode:
     scale: Tensor
     mean: Tensor | None
     code_scale: Tensor
-    code_offset: Tensor
+    code_offset: Tensor | None
 
     def __post_init__(self) -> None:
-        self._to_columns()
+        self._scale, self._step = self.scale.float(), self.code_scale.float()
+        # The middles of the two kinds of values, if they have any.
+        self._middles = None
+        if self.mean is not None and self.code_offset is not None:
+            self._middles = self.mean.float(), self.code_offset.float()
+        # A row whose codes are all alike has step 0: any q will do.
+        self._per_step = torch.where(self._step >= torch.finfo(torch.float32).tiny, 1 / self._step, 0.0)
 
     def values(self) -> Tensor:
-        return self._values(slice(None))
+        # The layout's own sums, so that packing changes nothing.
+        mean, offset = self._middles or (None, None)
+        signs = as_signs(self.negative)
+        ordinary = ordinary_values(signs, self._scale, mean)
+        coded = salient_values(signs, self.q, self._step, offset)
+        return select(self.salient.float(), (ordinary, coded)).T
 
     def assign(self, column: int, weights: Tensor) -> Tensor:
-        at = slice(column, column + 1)
-        self.choose(at, weights.unsqueeze(1))
-        return self._values(at).squeeze(1)
+        return self.choose(column, weights)
 
-    def choose(self, at: slice, weights: Tensor) -> None:
-        """The nearest values to the weights [n, c] of some columns."""
-        deviation = weights - select(self.salient[:, at].float(), (self._mean, self._offset))
-        self.negative[:, at] = deviation < 0
-        self.q[:, at] = (deviation.abs() * self._per_step).clamp_(max=self.levels - 1).to(torch.uint8)
+    def choose(self, columns: int | slice, weights: Tensor) -> Tensor:
+        """The nearest values to the weights [..., n] of one column or some. copysign gives what the layout's sums do,
+        in fewer operations."""
+        salient, q = self.salient[columns], self.q[columns]
+        deviation = weights + 0.0  # -0.0 is not negative
+        if self._middles is not None:
+            middle = torch.where(salient, self._middles[1], self._middles[0])
+            deviation -= middle
+        torch.lt(deviation, 0, out=self.negative[columns])
+        torch.floor((deviation.abs() * self._per_step).clamp_(max=self.levels - 1), out=q)
+        values = torch.where(salient, (q + 0.5).mul_(self._step), self._scale).copysign_(deviation)
+        return values if self._middles is None else values.add_(middle)
 
     def features(self) -> Tensor:
         signs, salient = as_signs(self.negative), self.salient.float()
         rest = 1 - salient
-        features = [signs * rest, signs * (self.q + 0.5) * salient, salient]
-        return torch.stack(features if self.mean is None else [*features, rest])
+        features = [signs * rest, signs * (self.q + 0.5) * salient]
+        if self._middles is not None:
+            features += [rest, salient]
+        return torch.stack(features).mT
 
     def set_coefficients(self, coefficients: Tensor) -> None:
         dtype = self.scale.dtype
         self.scale, self.code_scale = coefficients[:2].abs().to(dtype)
-        self.code_offset = coefficients[2].to(dtype)
-        if self.mean is not None:
-            self.mean = coefficients[3].to(dtype)
-        self._to_columns()
-
-    def _to_columns(self) -> None:
-        """Coefficients as float32 [n, 1], ready for the column-by-column work."""
-        self._scale, self._step, self._offset = _columns(self.scale, self.code_scale, self.code_offset)
-        self._mean = torch.zeros_like(self._scale) if self.mean is None else _columns(self.mean)[0]
-        # A row whose codes are all alike has step 0: any q will do.
-        self._per_step = torch.where(self._step > 0, 1 / self._step, 0.0)
-
-    def _values(self, at: slice) -> Tensor:
-        # The layout's own sums, so that packing changes nothing.
-        signs = as_signs(self.negative[:, at])
-        ordinary = ordinary_values(signs, self._scale, None if self.mean is None else self._mean)
-        coded = salient_values(signs, self.q[:, at].float(), self._step, self._offset)
-        return select(self.salient[:, at].float(), (ordinary, coded))
-
-
-def _columns(*coefficients: Tensor) -> tuple[Tensor, ...]:
-    return tuple(c.float().unsqueeze(1) for c in coefficients)
+        if self._middles is not None:
+            self.mean, self.code_offset = coefficients[2:].to(dtype)
+        self.__post_init__()
 
 
 def find_salient(weight: Tensor, diagonal: Tensor, options: PBLLMOptions) -> Tensor:
@@ -166,23 +170,20 @@ def most(scores: Tensor, fraction: float) -> Tensor:
 
 def fit_codes(
     weight: Tensor, within: Tensor, salient: Tensor, importance: Tensor, options: PBLLMOptions
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Step 2: scale and offset of codes for each row of ``weight`` [n, k], from the range of the weights ``within``.
 
     Of ``range_candidates`` ranges around the same middle, down to a part of it, the one with the least squared error of
     the salient weights is taken, columns counting by their ``importance`` [k]. Rows without any get zeros.
     """
     levels = 2 ** (options.code_bits - 1)
-    some = within.any(1)
-    low = torch.where(some, weight.masked_fill(~within, torch.inf).amin(1), 0.0)
-    high = torch.where(some, weight.masked_fill(~within, -torch.inf).amax(1), 0.0)
-    offset = ((low + high) / 2).to(options.storage)
-    steps = (high - low) / (2 * levels - 1)
+    offset, widths = _range(weight, within, options)
+    steps = widths / (2 * levels - 1)
     best, least = steps.to(options.storage), torch.full_like(steps, torch.inf)
     if options.range_candidates == 1:
         return best, offset
-    middle, counted = offset.float().unsqueeze(1), salient * importance
-    deviation = weight - middle
+    middle, counted = None if offset is None else offset.float().unsqueeze(1), salient * importance
+    deviation = weight if middle is None else weight - middle
     for fraction in torch.linspace(1, _NARROWEST, options.range_candidates).tolist():
         step = (fraction * steps).to(options.storage)
         width = step.float().unsqueeze(1)
@@ -191,6 +192,16 @@ def fit_codes(
         loss = (error.square() * counted).sum(1)
         best, least = torch.where(loss < least, step, best), torch.minimum(loss, least)
     return best, offset
+
+
+def _range(weight: Tensor, within: Tensor, options: PBLLMOptions) -> tuple[Tensor | None, Tensor]:
+    """Middle, in storage dtype, and width of the range of each row's weights ``within``; without a mean around zero."""
+    if not options.mean:
+        return None, 2 * (weight * within).abs().amax(1)
+    some = within.any(1)
+    low = torch.where(some, weight.masked_fill(~within, torch.inf).amin(1), 0.0)
+    high = torch.where(some, weight.masked_fill(~within, -torch.inf).amax(1), 0.0)
+    return ((low + high) / 2).to(options.storage), high - low
 
 
 def quantize(weight: Tensor, factor: Factor | None, options: PBLLMOptions) -> Partial:
@@ -212,26 +223,32 @@ def quantize(weight: Tensor, factor: Factor | None, options: PBLLMOptions) -> Pa
         with phase("fit"):
             codes = of_rows or fit_codes(original, marked, marked, diagonal[columns] ** -2, options)
             rest = binarize(original, ~marked, options.mean, options.storage)
-            q = torch.zeros_like(marked, dtype=torch.uint8)
+            negative, q = rest.negative.T.contiguous(), torch.zeros_like(block.T, memory_format=torch.contiguous_format)
             levels = 2 ** (options.code_bits - 1)
-            code = PartialCode(rest.negative, marked, q, levels, rest.scale, rest.mean, *codes)
-            code.choose(slice(None), block)
+            code = PartialCode(negative, marked.T.contiguous(), q, levels, rest.scale, rest.mean, *codes)
+            code.choose(slice(None), block.T)
         return code
 
     codes = sweep(weight, factor, size, quantize_group, options)
     with phase("packing"):
-        of_groups = codes[:1] if options.code_scope == "row" else codes
-        return Partial.encode(
-            negative=torch.cat([code.negative for code in codes], dim=1),
-            scales=torch.stack([code.scale for code in codes], dim=1),
-            means=torch.stack([code.mean for code in codes if code.mean is not None], dim=1) if options.mean else None,
-            salient=salient,
-            q=torch.cat([code.q for code in codes], dim=1),
-            code_bits=options.code_bits,
-            code_scales=torch.stack([code.code_scale for code in of_groups], dim=1),
-            code_offsets=torch.stack([code.code_offset for code in of_groups], dim=1),
-            group_size=size,
-        )
+        return _pack(codes, options, size)
+
+
+def _pack(codes: list[PartialCode], options: PBLLMOptions, size: int) -> Partial:
+    of_groups = codes[:1] if options.code_scope == "row" else codes
+    means = [code.mean for code in codes if code.mean is not None]
+    offsets = [code.code_offset for code in of_groups if code.code_offset is not None]
+    return Partial.encode(
+        negative=torch.cat([code.negative for code in codes]).T,
+        scales=torch.stack([code.scale for code in codes], dim=1),
+        means=torch.stack(means, dim=1) if means else None,
+        salient=torch.cat([code.salient for code in codes]).T,
+        q=torch.cat([code.q for code in codes]).T.to(torch.uint8),
+        code_bits=options.code_bits,
+        code_scales=torch.stack([code.code_scale for code in of_groups], dim=1),
+        code_offsets=torch.stack(offsets, dim=1) if offsets else None,
+        group_size=size,
+    )
 
 
 METHOD = Method(

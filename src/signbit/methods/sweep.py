@@ -27,12 +27,9 @@ import torch
 from torch import Tensor
 
 from signbit.calibration.hessian import Factor
-from signbit.methods.descent import descend, least_squares
+from signbit.methods.descent import LAZY_COLUMNS, descend, least_squares
 from signbit.methods.options import SweepOptions
 from signbit.timing import phase
-
-# Columns between two updates of the rest of a group in a column-by-column sweep (GPTQ's lazy batch).
-LAZY_COLUMNS = 32
 
 
 class GroupValues(Protocol):
