@@ -5,8 +5,8 @@
 A RUN is a preset, or a preset with changes: "billm" or "billm feedback=column mean=false". By default all presets run.
 Each is calibrated with 32 x 512 tokens, and evaluated on the first 20 windows of 2048: perplexity on all, divergence
 from the original on the first 4. A row is added to the CSV, and printed, as each run ends; rows that are already there
-are not run again. When all are done the CSV is drawn (pareto_plot.py). A run that the model does not allow is left out
-with the reason, and the exit status is then 1.
+are not run again. When all are done one table of all rows is printed and the CSV is drawn (pareto_plot.py). A run that
+the model does not allow is left out with the reason, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -126,6 +126,14 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """All rows in Markdown, fewest bits first."""
+    shown = [field for field in FIELDS if field not in ("method", "phases")]
+    ordered = sorted(rows, key=lambda row: float(row["bits_per_weight"] or math.inf))
+    lines = [shown, ["---"] * len(shown), *([row[field] for field in shown] for row in ordered)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -163,6 +171,7 @@ def main() -> int:
             continue
         append_row(arguments.csv, row)
         print(row, flush=True)
+    print(table(read_rows(arguments.csv)))
     draw(read_rows(arguments.csv), arguments.plot or arguments.csv.with_suffix(".svg"))
     return 1 if refused else 0
 

@@ -74,7 +74,7 @@ def partial(n: int, m: int) -> Layout:
     return Partial.encode(
         negative=random(n, m) < 0,
         scales=coefficients(n, groups),
-        means=None,
+        means=random(n, groups).half(),
         salient=random(m, n).T > 1,
         q=random(n, m).abs().clamp(max=7).to(torch.uint8),
         code_bits=4,

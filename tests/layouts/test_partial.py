@@ -42,7 +42,7 @@ def random_parts(
         "q": torch.randint(0, 2 ** (code_bits - 1), (n, m), generator=generator).to(torch.uint8),
         "code_bits": code_bits,
         "code_scales": coefficients(n, 1 if row_codes else groups).abs(),
-        "code_offsets": coefficients(n, 1 if row_codes else groups),
+        "code_offsets": coefficients(n, 1 if row_codes else groups) if mean else None,
         "group_size": group_size,
     }
 
@@ -71,7 +71,7 @@ def slow(
     q: Tensor,
     code_bits: int,
     code_scales: Tensor,
-    code_offsets: Tensor,
+    code_offsets: Tensor | None,
     group_size: int,
 ) -> Tensor:
     """Weight by weight, each step rounded to float32."""
@@ -85,7 +85,8 @@ def slow(
                 code = group if code_scales.shape[1] > 1 else 0
                 level = sign * np.float32(int(q[i, j]) + 0.5)
                 values[i, j] = np.float32(code_scales[i, code].item()) * level
-                values[i, j] += np.float32(code_offsets[i, code].item())
+                if code_offsets is not None:
+                    values[i, j] += np.float32(code_offsets[i, code].item())
             else:
                 values[i, j] = np.float32(scales[i, group].item()) * sign
                 if means is not None:
@@ -230,6 +231,8 @@ def test_items() -> None:
         "codes": 3 * 32,
     }
     assert layout.nominal_bits == pytest.approx(1 + 3 / 8)
+    symmetric = Partial.encode(**{**parts, "means": None, "code_offsets": None})
+    assert symmetric.items() == {item: size for item, size in layout.items().items() if item != "means"}
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -241,6 +244,12 @@ def test_coefficients_beyond_their_dtype_are_refused_with_the_way_out(name: str)
     parts[name] = torch.full(parts[name].shape, 70_000.0).to(torch.float16)
     with pytest.raises(SignbitError, match=rf"^{name} .*scale_dtype=bfloat16"):
         Partial.encode(**parts)
+
+
+@pytest.mark.parametrize("name", ["means", "code_offsets"])
+def test_a_mean_without_the_other_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="means and code_offsets"):
+        Partial.encode(**some_parts() | {name: None})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from matrices import damped, random_factor, random_weight
+from signbit.methods import descent
 from signbit.methods.descent import descend, least_squares
 from signbit.methods.options import SweepOptions
 from signbit.methods.sweep import sweep
@@ -98,6 +99,23 @@ def test_many_passes_end_where_no_single_change_helps() -> None:
                 plane[row, column] ^= True
 
 
+@pytest.mark.parametrize("lazy", [1, 5, 128])
+def test_a_pass_is_coordinate_descent(monkeypatch: pytest.MonkeyPatch, lazy: int) -> None:
+    """Against the textbook loop: the gradient from scratch for each column."""
+    monkeypatch.setattr(descent, "LAZY_COLUMNS", lazy)
+    weight, factor = random_weight(6, 33), random_factor(33)
+    hessian = damped(factor)
+    found, expected = (sweep(weight, factor, 0, fit, SweepOptions(feedback="column"))[0] for _ in range(2))
+    descend(weight, factor, [slice(0, 33)], [found], 1)
+    product, metric = (weight.double() @ hessian).float(), hessian.float()
+    expected.set_coefficients(least_squares(expected.features(), product, metric))
+    for j in range(33):
+        values = expected.values().double()
+        gradient = (weight - values) @ hessian[:, j]
+        expected.assign(j, (values[:, j] + gradient / hessian[j, j]).float())
+    assert torch.allclose(found.values(), expected.values(), atol=1e-4)
+
+
 def test_passes_of_the_sweep_are_those_of_descend() -> None:
     weight, factor = random_weight(5, 20), random_factor(20)
     once = sweep(weight, factor, 8, fit, SweepOptions(feedback="block"))
@@ -111,7 +129,7 @@ def test_refits_lower_the_error(feedback: str) -> None:
     weight, factor = random_weight(20, 40), random_factor(40)
     hessian = damped(factor)
     errors = [
-        error_of(weight, sweep(weight, factor, 20, fit, SweepOptions(feedback=feedback, refits=refits)), hessian)  # type: ignore[arg-type]
+        error_of(weight, sweep(weight, factor, 20, fit, SweepOptions(feedback=feedback, refits=refits)), hessian)
         for refits in (0, 3)
     ]
     assert errors[1] < errors[0]

@@ -1,16 +1,14 @@
-from importlib import resources
 from typing import Any, get_args
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from matrices import damped, hessian_of, random_factor, random_inputs, random_weight
 from signbit.calibration.hessian import Factor, factorize, quadratic
 from signbit.errors import SignbitError
 from signbit.layouts import Partial
-from signbit.layouts.partial import STRIP_ROWS
+from signbit.layouts.positions import STRIP_ROWS
 from signbit.methods import pb_llm
 from signbit.methods.options import Feedback
 from signbit.methods.pb_llm import PartialCode, PBLLMOptions, find_salient, fit_codes, most
@@ -25,9 +23,18 @@ def quantize(weight: Tensor, seed: int = 0, **options: Any) -> Partial:
 
 
 def preset(name: str) -> dict[str, Any]:
-    fields: dict[str, Any] = yaml.safe_load((resources.files("signbit") / "recipes" / f"{name}.yaml").read_text())
-    assert fields.pop("method") == "pb-llm"
-    return fields
+    recipe = Recipe.load(name)
+    assert recipe.method is pb_llm.METHOD
+    return recipe.options.model_dump()
+
+
+def new_code(
+    salient: Tensor, levels: int, scale: Tensor, mean: Tensor | None, code_scale: Tensor, code_offset: Tensor | None
+) -> PartialCode:
+    """One in which nothing is chosen yet, for salient weights [n, k]."""
+    columns = salient.T.contiguous()
+    negative, q = torch.zeros_like(columns), torch.zeros_like(columns, dtype=torch.float32)
+    return PartialCode(negative, columns, q, levels, scale, mean, code_scale, code_offset)
 
 
 def salient_of(layout: Partial) -> Tensor:
@@ -63,11 +70,11 @@ def slow_ordinary(row: Tensor, mean: bool) -> Tensor:
     return torch.stack([center - scale, center + scale])
 
 
-def slow_levels(within: Tensor, bits: int) -> Tensor:
+def slow_levels(within: Tensor, bits: int, mean: bool) -> Tensor:
     """The 2^bits values of a row's codes."""
     if not len(within):
         return torch.zeros(1, dtype=torch.float64)
-    low, high = within.min(), within.max()
+    low, high = (within.min(), within.max()) if mean else (-within.abs().max(), within.abs().max())
     levels = torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2
     return half((high - low) / (2**bits - 1)) * levels + half((low + high) / 2)
 
@@ -83,7 +90,7 @@ def slow(weight: Tensor, factor: Factor, options: PBLLMOptions) -> Tensor:
             for i, row in enumerate(group):
                 if marked[i, place]:
                     within = original[i] if options.code_scope == "row" else row[marked[i]]
-                    choices = slow_levels(within, options.code_bits)
+                    choices = slow_levels(within, options.code_bits, options.mean)
                 else:
                     choices = slow_ordinary(row[~marked[i]], options.mean)
                 value = choices[(choices - work[i, j]).abs().argmin()]
@@ -106,6 +113,7 @@ def slow(weight: Tensor, factor: Factor, options: PBLLMOptions) -> Tensor:
         {"salient_fraction": 0.5, "code_bits": 2},
         {"code_scope": "group"},
         {"code_scope": "group", "code_bits": 4, "salient_fraction": 0.3},
+        {"code_scope": "group", "code_bits": 3, "mean": False},
         {"feedback": "none"},
         {"group_size": 0},
     ],
@@ -140,26 +148,40 @@ def test_the_scale_of_the_rest_is_the_least_squares_one(fraction: float, mean: b
         assert (found - center).abs().max() == pytest.approx(best, rel=2e-3, abs=2e-3)
 
 
+@pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("scope", ["row", "group"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
-def test_codes_keep_signs_and_are_within_half_a_step(shift: float, bits: int, scope: str) -> None:
+def test_codes_keep_signs_and_are_within_half_a_step(shift: float, bits: int, scope: str, mean: bool) -> None:
     weight = random_weight(20, 64) + shift
-    layout = quantize(weight, salient_fraction=1.0, code_bits=bits, code_scope=scope, feedback="none", group_size=32)
+    options: dict[str, Any] = {"salient_fraction": 1.0, "code_bits": bits, "code_scope": scope, "mean": mean}
+    layout = quantize(weight, **options, feedback="none", group_size=32)
     steps = layout.code_scales.float().repeat_interleave(64 // layout.code_scales.shape[1], dim=1)
     error = (layout.dequantize() - weight).abs()
     rounding = 2e-3 * weight.abs().amax(1, keepdim=True)  # of scale and offset to float16
     assert (error <= steps / 2 + rounding).all()
 
 
-def test_weights_beyond_the_range_take_its_end() -> None:
+@pytest.mark.parametrize("size", [32, 0])
+@pytest.mark.parametrize("scope", ["row", "group"])
+def test_without_means_everything_is_symmetric(scope: str, size: int) -> None:
+    """Weights of the other sign get the other sign and are the same otherwise, and no middle is stored."""
+    plus = {key: value for key, value in preset("pb-llm-plus").items() if scope == "group" or key != "passes"}
+    options = {**plus, "code_scope": scope, "group_size": size, "refits": 2 * (scope == "group")}
+    weight = random_weight(20, 64) + 0.3
+    layout, opposite = quantize(weight, **options), quantize(-weight, **options)
+    assert torch.equal(layout.dequantize(), -opposite.dequantize())
+    assert {"means", "code_offsets"}.isdisjoint(layout.state_dict())
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_weights_beyond_the_range_take_its_end(mean: bool) -> None:
     weight = torch.linspace(-1, 1, 8).expand(2, 8).contiguous()
     everything = torch.ones(2, 8, dtype=torch.bool)
-    options = PBLLMOptions(code_bits=3)
-    scale, offset = fit_codes(weight, everything, everything, torch.ones(8), options)
-    one = torch.ones(2, dtype=torch.float16)
-    code = PartialCode(~everything, everything, torch.zeros(2, 8, dtype=torch.uint8), 4, one, None, scale, offset)
-    code.choose(slice(None), 100 * weight)
+    scale, offset = fit_codes(weight, everything, everything, torch.ones(8), PBLLMOptions(code_bits=3, mean=mean))
+    zero = torch.zeros_like(scale)
+    code = new_code(everything, 4, zero, zero if mean else None, scale, offset)
+    code.choose(slice(None), 100 * weight.T)
     assert torch.allclose(code.values(), weight.sign(), atol=1e-3)
 
 
@@ -210,17 +232,17 @@ def test_reassigned_weights_get_the_nearest_of_their_values(mean: bool, bits: in
     generator = torch.Generator().manual_seed(bits)
     salient = torch.rand(60, 4, generator=generator) < 0.5
     scale, mu, step, offset = (torch.randn(60, generator=generator).half() for _ in range(4))
-    q, levels = torch.zeros(60, 4, dtype=torch.uint8), 2 ** (bits - 1)
-    code = PartialCode(salient.clone(), salient, q, levels, scale.abs(), mu if mean else None, step.abs(), offset)
+    levels = 2 ** (bits - 1)
+    code = new_code(salient, levels, scale.abs(), mu if mean else None, step.abs(), offset if mean else None)
     drifted = torch.randn(60, generator=generator)
     found = code.assign(2, drifted)
     assert torch.equal(found, code.values()[:, 2])
-    center = mu.double() if mean else torch.zeros(60, dtype=torch.float64)
+    center, middle = (x.double() * mean for x in (mu, offset))
     grid = torch.arange(-levels, levels, dtype=torch.float64) + 0.5
     for i in range(60):
         choices = center[i] + scale[i].double() * torch.tensor([-1.0, 1.0], dtype=torch.float64)
         if salient[i, 2]:
-            choices = offset[i].double() + step[i].double() * grid
+            choices = middle[i] + step[i].double() * grid
         nearest = (choices - drifted[i]).abs().min()
         assert (found[i].double() - drifted[i]).abs() == pytest.approx(float(nearest), abs=1e-5)
 
@@ -229,10 +251,11 @@ def test_reassigned_weights_get_the_nearest_of_their_values(mean: bool, bits: in
 def test_values_are_the_features_times_the_coefficients(mean: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     salient, negative = (torch.rand(8, 12, generator=generator) < share for share in (0.3, 0.5))
-    q = torch.randint(0, 8, (8, 12), generator=generator).to(torch.uint8)
     zero = torch.zeros(8, dtype=torch.float16)
-    code = PartialCode(negative, salient, q, 8, zero, zero if mean else None, zero, zero)
-    coefficients = torch.rand(3 + mean, 8, generator=generator).half().float()
+    middle = zero if mean else None
+    code = new_code(salient, 8, zero, middle, zero, middle)
+    code.negative, code.q = negative.T, torch.randint(0, 8, (12, 8), generator=generator).float()
+    coefficients = torch.rand(2 + 2 * mean, 8, generator=generator).half().float()
     code.set_coefficients(coefficients)
     assert torch.allclose(code.values(), torch.einsum("fn,fnk->nk", coefficients, code.features()), atol=1e-6)
 
@@ -262,17 +285,17 @@ def test_by_magnitude_and_by_hessian_are_the_shared_metrics() -> None:
         assert scores[marked].min() >= scores[~marked].max()
 
 
-def test_a_searched_range_has_less_error() -> None:
+@pytest.mark.parametrize("mean", [False, True])
+def test_a_searched_range_has_less_error(mean: bool) -> None:
     weight = random_weight(20, 64).pow(3)
     everything, importance = torch.ones_like(weight, dtype=torch.bool), 0.5 + torch.rand(64)
     losses = []
     for candidates in (1, 9, 33):
-        options = PBLLMOptions(code_bits=3, range_candidates=candidates)
+        options = PBLLMOptions(code_bits=3, range_candidates=candidates, mean=mean)
         scale, offset = fit_codes(weight, everything, everything, importance, options)
         zero = torch.zeros_like(scale)
-        q = torch.zeros_like(everything, dtype=torch.uint8)
-        code = PartialCode(~everything, everything, q, 4, zero, None, scale, offset)
-        code.choose(slice(None), weight)
+        code = new_code(everything, 4, zero, zero if mean else None, scale, offset)
+        code.choose(slice(None), weight.T)
         losses.append(((code.values() - weight).square() * importance).sum(1))
     assert (losses[1] <= losses[0]).all() and (losses[2] <= losses[1]).all()
     assert losses[1].sum() < 0.8 * losses[0].sum()

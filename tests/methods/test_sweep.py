@@ -7,6 +7,7 @@ from torch import Tensor
 from matrices import damped, hessian_of, random_factor, random_inputs, random_weight
 from signbit.calibration.hessian import Factor, factorize
 from signbit.methods import sweep as module
+from signbit.methods.descent import LAZY_COLUMNS
 from signbit.methods.options import Feedback, SweepOptions
 from signbit.methods.sweep import sweep
 
@@ -86,7 +87,7 @@ def test_column_feedback_is_gptq(monkeypatch: pytest.MonkeyPatch, size: int, laz
 
 
 def test_groups_wider_than_the_lazy_batch() -> None:
-    width = 2 * module.LAZY_COLUMNS + 41
+    width = 2 * LAZY_COLUMNS + 41
     weight, factor = random_weight(3, width), random_factor(width)
     _, quantized = run(weight, factor, 0, "column")
     work = weight.double()

@@ -27,8 +27,8 @@ Paper and released code differ, and the preset ``pb-llm`` takes
 What the preset ``pb-llm-plus`` changes. ``salience: error`` asks what binarizing a weight would cost rather than what
 zeroing it would: s_ij = (w_ij - mu - alpha b)^2 / U_jj^2. A weight that happens to be as large as the scale needs no
 code however salient it is, and one near zero may. alpha is that of the weights that are not chosen, so choice and scale
-are found in turns. Codes have four bits and a searched range, which pays for more of them. Coefficients are two scales a
-row, no means, fitted again with the choices known (``refits``, ``passes``).
+are found in turns. Codes have four bits and a searched range, which pays for more of them. Coefficients are two scales
+a row, no means, fitted again with the choices known (``refits``, ``passes``).
 
 The decision is stored in the layout ``partial``.
 """
@@ -223,9 +223,9 @@ def quantize(weight: Tensor, factor: Factor | None, options: PBLLMOptions) -> Pa
         with phase("fit"):
             codes = of_rows or fit_codes(original, marked, marked, diagonal[columns] ** -2, options)
             rest = binarize(original, ~marked, options.mean, options.storage)
-            negative, q = rest.negative.T.contiguous(), torch.zeros_like(block.T, memory_format=torch.contiguous_format)
-            levels = 2 ** (options.code_bits - 1)
-            code = PartialCode(negative, marked.T.contiguous(), q, levels, rest.scale, rest.mean, *codes)
+            chosen, levels = marked.T.contiguous(), 2 ** (options.code_bits - 1)
+            negative, q = torch.zeros_like(chosen), torch.zeros_like(chosen, dtype=torch.float32)
+            code = PartialCode(negative, chosen, q, levels, rest.scale, rest.mean, *codes)
             code.choose(slice(None), block.T)
         return code
 

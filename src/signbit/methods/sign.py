@@ -60,7 +60,9 @@ class PlanesCode:
 
     def assign(self, column: int, weights: Tensor) -> Tensor:
         """Plane by plane the residual's sign. copysign gives what the layout's sum does, in fewer operations."""
-        residual = weights + 0.0 if self._mean is None else weights - self._mean  # -0.0 is not negative
+        residual = weights + 0.0  # -0.0 is not negative
+        if self._mean is not None:
+            residual = residual - self._mean
         value = None
         for negative, scale in zip(self.negative, self._scales, strict=True):
             torch.lt(residual, 0, out=negative[column])

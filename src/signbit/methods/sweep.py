@@ -116,10 +116,11 @@ def _group_error(
 def _settle(weight: Tensor, upper: Tensor, root: Tensor, code: GroupCode, options: SweepOptions) -> None:
     """Choices and coefficients of one group in turns."""
     by_column = options.feedback == "column"
-    metric = root @ root.T
-    product = weight @ metric
     if by_column:
         _quantize_columns(weight, upper, code)
+    if options.refits:
+        metric = root @ root.T
+        product = weight @ metric
     for _ in range(options.refits):
         code.set_coefficients(least_squares(code.features(), product, metric))
         if by_column:
