@@ -75,10 +75,10 @@ def slow(
             places.setdefault(j // size, len(places))
             numbers[j] = len(numbers)
 
-    def at(coefficients: Tensor | None, *index: int) -> np.float32 | None:
+    def at(coefficients: Tensor | None, *index: int) -> Any:
         return None if coefficients is None else np.float32(coefficients[index].item())
 
-    def product(row: np.float32 | None, column: np.float32 | None) -> Any:
+    def product(row: Any, column: Any) -> Any:
         return row if column is None else row * column
 
     values = np.zeros((n, m), np.float32)

@@ -160,7 +160,8 @@ def test_rounds_of_x_equal_the_slow_formula(form: dict[str, Any], rounds: int) -
                 residual = target[i] - sum(c[g, i] * features[g, i] for g in order)
                 if feature.any():
                     c[f, i] += (feature @ s @ residual) / (feature @ s @ feature)
-                    c[f, i] = max(c[f, i], 0.0) if f < code.scale_count else c[f, i]
+                    if f < code.scale_count:
+                        c[f, i].clamp_(min=0)
     calibrate(weight, code, metric, rounds)
     assert torch.allclose(code.coefficients.double(), c, rtol=1e-3, atol=1e-4)
 
@@ -299,7 +300,7 @@ def test_constant_rows_stay_what_they_are(shape: tuple[int, int], form: dict[str
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_matrix_of_zeros(form: dict[str, Any]) -> None:
-    plus = {"feedback": "column", "refits": 1, "passes": 1}
+    plus: dict[str, Any] = {"feedback": "column", "refits": 1, "passes": 1}
     for options in ({}, plus):
         layout = quantize(torch.zeros(3, 40), group_size=16, **form, **options)
         assert torch.equal(layout.dequantize(), torch.zeros(3, 40))

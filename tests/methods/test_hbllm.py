@@ -14,6 +14,7 @@ from signbit.layouts.haar import haar
 from signbit.methods import hbllm
 from signbit.methods.hbllm import HaarCode, HBLLMOptions, fill_average, fit, salient_columns, transformed
 from signbit.methods.options import Feedback
+from signbit.methods.sweep import sweep
 from signbit.recipe import Recipe
 
 FEEDBACKS = get_args(Feedback)
@@ -201,7 +202,7 @@ def test_packing_changes_nothing(
         codes.extend(original(*arguments))
         return codes
 
-    original = hbllm.sweep
+    original = sweep
     monkeypatch.setattr(hbllm, "sweep", recording)
     chosen = {"group_size": 32, "variant": variant, **settings_of(feedback), **options}
     layout = quantize(skewed_weight(5, 70), **chosen)
@@ -399,11 +400,17 @@ def test_the_row_variant_with_salient_columns_refuses_what_it_cannot_do(change: 
     Recipe.load("hbllm-column", change)
 
 
+def preset_options(name: str) -> HBLLMOptions:
+    options = Recipe.load(name).options
+    assert isinstance(options, HBLLMOptions)
+    return options
+
+
 @pytest.mark.parametrize("width", [384, 576])
 @pytest.mark.parametrize(("preset", "coefficients"), [("hbllm-row", 10), ("hbllm-column", 7), ("hbllm-plus", 4)])
 def test_stored_bits(preset: str, coefficients: int, width: int) -> None:
     """Two bits a weight and so many coefficients a row and group, as the paper's appendix D counts them."""
-    options = Recipe.load(preset).options
+    options = preset_options(preset)
     layout = hbllm.quantize(skewed_weight(256, width), random_factor(width), options)
     salient = layout.spec.salient_columns
     assert (salient > 0) == (preset != "hbllm-plus")
@@ -419,7 +426,7 @@ def test_plus_beats_the_papers_presets_at_fewer_bits() -> None:
     weight = random_weight(24, 384)
     found = {}
     for name in ("hbllm-row", "hbllm-column", "hbllm-plus"):
-        layout = hbllm.quantize(weight, factor, Recipe.load(name).options)
+        layout = hbllm.quantize(weight, factor, preset_options(name))
         found[name] = quadratic(layout.dequantize() - weight, hessian), bits_per_weight(layout)
     for name in ("hbllm-row", "hbllm-column"):
         assert found["hbllm-plus"][0] < 0.9 * found[name][0]

@@ -1,5 +1,5 @@
 import itertools
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -31,6 +31,7 @@ def test_the_cuts_are_the_best_of_the_candidates(regions: int, cuts: Cuts, seed:
     found = search_cuts(magnitudes, member, regions, 12, cuts)
     x, inside = magnitudes.double().numpy(), member.numpy()
     candidates = np.quantile(x[inside], np.linspace(0.1, 0.9, 12), method="nearest")
+    sets: list[tuple[Any, ...]]
     if regions == 2:
         sets = [(p,) for p in candidates]
     elif cuts == "tied":
