@@ -28,7 +28,7 @@ from signbit.architectures import (
     unquantized_parameters,
 )
 from signbit.calibration.capture import BlockInputs, HessianCapture
-from signbit.calibration.hessian import Factor, factorize, quadratic
+from signbit.calibration.hessian import Factor, centered, factorize, quadratic
 from signbit.calibration.self_text import write_tokens
 from signbit.calibration.text import SELF, read_text
 from signbit.calibration.tokens import check_seqlen, random_windows, tokenize
@@ -251,13 +251,19 @@ class BlockwiseRun:
         """What the method makes of its options for each block, once a run."""
         kept = self.journal.read_options()
         if kept is not None:
-            return [type(self.recipe.options)(**fields) for fields in kept]
+            try:
+                options = [type(self.recipe.options)(**fields) for fields in kept]
+            except (TypeError, ValueError) as error:
+                raise self.journal.damaged_options() from error
+            if len(options) != len(self.blocks):
+                raise self.journal.damaged_options()
+            return options
         with phase("allocation"):
-            options = self.recipe.method.allocate(self._survey(inputs), self.recipe.options)
-        if options is None:
+            allocated = self.recipe.method.allocate(self._survey(inputs), self.recipe.options)
+        if allocated is None:
             return [self.recipe.options] * len(self.blocks)
-        self.journal.write_options([block.model_dump(mode="json") for block in options])
-        return options
+        self.journal.write_options([block.model_dump(mode="json") for block in allocated])
+        return allocated
 
     def _survey(self, calibration: BlockInputs | None) -> Survey:
         def survey(*, inputs: bool) -> Iterator[dict[str, LinearSurvey]]:
@@ -330,7 +336,8 @@ class BlockwiseRun:
             hessian = None if calibration is None else calibration.hessian
             mean = None if calibration is None else calibration.mean
             quantized = packed.dequantize()
-            if bool(((quantized.abs().amax(1) == 0) & (weight.abs().amax(1) > 0)).any()):
+            wanted = weight if factor is None else weight * ~factor.dead
+            if bool(((quantized.abs().amax(1) == 0) & (wanted.abs().amax(1) > 0)).any()):
                 raise SignbitError(f"{name}: scales are too small for {packed.kind} to hold: use scale_dtype=bfloat16")
             if mean is not None:
                 packed = packed.with_bias((weight - quantized) @ mean)
@@ -360,10 +367,12 @@ class BlockwiseRun:
             raise SignbitError(f"the input of {prefix}.{name} contains NaN or infinite values on the calibration text")
         corrected = self.recipe.common.bias_correction
         if corrected:
-            hessian.addr_(mean, mean, alpha=-2)
-            hessian.diagonal().clamp_(min=0)
+            hessian = centered(hessian, mean)
         with phase("factorization"):
-            factor = factorize(hessian, self.recipe.common.damping)
+            try:
+                factor = factorize(hessian, self.recipe.common.damping)
+            except SignbitError as error:
+                raise SignbitError(f"{prefix}.{name}: {error}") from error
         if factor.damping > self.recipe.common.damping:
             notes.append(f"damping raised to {factor.damping:g}")
         if factor.dead.any():

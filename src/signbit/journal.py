@@ -125,8 +125,11 @@ class Journal:
         try:
             options: list[dict[str, Any]] = json.loads(self._options.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise SignbitError(f"{self._options} is damaged: start again with --overwrite") from error
+            raise self.damaged_options() from error
         return options
+
+    def damaged_options(self) -> SignbitError:
+        return SignbitError(f"{self._options} is damaged: start again with --overwrite")
 
     def has(self, name: str) -> bool:
         return self._file(name).is_file()

@@ -149,4 +149,6 @@ def _validate(model: type[Options], fields: dict[str, Any]) -> Options:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if not key:  # options that do not go together
+            raise SignbitError(f"recipe: {first['msg'].removeprefix('Value error, ')}") from error
         raise SignbitError(f"recipe key {key!r}: {first['msg'].lower()}, got {first['input']!r}") from error

@@ -27,6 +27,8 @@ from signbit.finite import all_finite
 # triangle, wide enough for the matrix products to run at full speed.
 PANEL = 256
 MAX_DAMPING = 10.0
+# Variance as a part of power, below which float32 sums cannot tell it from none.
+_STILL = 1e-5
 
 
 class HessianAccumulator:
@@ -54,6 +56,21 @@ class HessianAccumulator:
         """H ``[in, in]``, exactly symmetric; zeros if no token was ever seen."""
         hessian = torch.tril(self._lower).mul_(2.0 / max(self.tokens, 1))
         return hessian.add_(torch.tril(hessian, -1).T)
+
+
+def centered(hessian: Tensor, mean: Tensor) -> Tensor:
+    """H of what varies around the ``mean`` input [in]: H - 2 mean mean^T.
+
+    An input that hardly varies keeps a small part of its power and no correlations: what would be left is rounding. It
+    is not dead, for on other text it may vary.
+    """
+    power = hessian.diagonal()
+    hessian = hessian.addr(mean, mean, alpha=-2)
+    still = hessian.diagonal() <= _STILL * power
+    hessian[still] = 0
+    hessian[:, still] = 0
+    hessian.diagonal()[still] = _STILL * power[still]
+    return hessian
 
 
 @dataclass(frozen=True)

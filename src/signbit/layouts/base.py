@@ -53,6 +53,12 @@ class LayoutSpec:
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or not all(is_count(length) for length in self.shape):
             raise ValueError(f"{list(self.shape)} is not the shape of a matrix")
+        for own in dataclasses.fields(self):
+            value = getattr(self, own.name)
+            if own.type == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{own.name} {value!r} is neither true nor false")
+            if own.type == "int" and not is_count(value):
+                raise ValueError(f"{own.name} {value!r} is not a number of anything")
 
     def matrix_tensors(self) -> dict[str, TensorSpec]:
         """Name -> tensor that the matrix is stored in."""
@@ -170,7 +176,7 @@ def scale_dtype(name: str) -> torch.dtype:
 
 def group_count(columns: int, group_size: int) -> int:
     """Groups of ``group_size`` columns in a row; 0 stands for one group, the whole row. The last may be narrower."""
-    if not is_count(group_size):
+    if group_size >= 2**31:
         raise ValueError(f"group_size {group_size!r} is not a number of columns")
     return 1 if group_size == 0 else math.ceil(columns / group_size)
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from signbit.errors import SignbitError
-from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, is_count, scale_dtype, select
+from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, scale_dtype, select
 from signbit.layouts.bits import pack_bits, packed_width, unpack_bits, unpack_floats, unpack_signs
 from signbit.layouts.haar import haar
 
@@ -52,9 +52,9 @@ class HaarPlanesSpec(LayoutSpec):
         groups, dtype = group_count(m, self.group_size), scale_dtype(self.scale_dtype)
         if self.axis not in ("row", "column"):
             raise ValueError(f"axis {self.axis!r} is neither row nor column")
-        if not (is_count(self.means) and self.means <= 2):
+        if self.means > 2:
             raise ValueError(f"a codebook has 0, 1 or 2 means, not {self.means!r}")
-        if not (is_count(self.salient_columns) and self.salient_columns <= m and self.salient_groups <= groups):
+        if self.salient_columns > m or self.salient_groups > groups:
             raise ValueError(f"{self.salient_columns!r} salient columns in {self.salient_groups!r} groups")
         plane = TensorSpec((n, packed_width(m)), torch.uint8, "signs")
         bands = 2 if self.axis == "row" else 1

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, is_count, scale_dtype, spread
+from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, scale_dtype, spread
 from signbit.layouts.fields import pack_fields, packed_bytes, unpack_fields
 
 
@@ -30,7 +30,7 @@ class IntegersSpec(LayoutSpec):
 
     def matrix_tensors(self) -> dict[str, TensorSpec]:
         n, m = self.shape
-        if not is_count(self.bits) or not 2 <= self.bits <= 8:
+        if not 2 <= self.bits <= 8:
             raise ValueError(f"integers have 2 to 8 bits, not {self.bits!r}")
         groups = group_count(m, self.group_size)
         tensors = {

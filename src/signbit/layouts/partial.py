@@ -32,7 +32,7 @@ from torch import Tensor
 
 from signbit.errors import SignbitError
 from signbit.layouts import positions
-from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, is_count, scale_dtype, spread
+from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, scale_dtype, spread
 from signbit.layouts.bits import pack_bits, pack_integers, packed_width, unpack_integers, unpack_signs
 from signbit.layouts.positions import MAX_GAP_BITS, STRIP_ROWS, strip_count
 
@@ -76,13 +76,13 @@ class PartialSpec(LayoutSpec):
     def _check(self) -> None:
         """ValueError for numbers that no matrix has."""
         n, m = self.shape
-        if not (is_count(self.salient) and self.salient <= min(n * m, 2**31 - 1)):
+        if self.salient > min(n * m, 2**31 - 1):
             raise ValueError(f"{self.salient!r} salient weights of {n * m}")
-        if not (is_count(self.gap_bits) and self.gap_bits <= MAX_GAP_BITS and self.gap_bits != 1):
+        if self.gap_bits > MAX_GAP_BITS or self.gap_bits == 1:
             raise ValueError(f"gaps of {self.gap_bits!r} bits")
-        if not (is_count(self.gaps) and self.gaps <= min(n * m, 2**31 - 1)) or (self.gaps and not self.gap_bits):
+        if self.gaps > min(n * m, 2**31 - 1) or (self.gaps and not self.gap_bits):
             raise ValueError(f"{self.gaps!r} gaps of {self.gap_bits} bits between {self.salient} salient weights")
-        if not (is_count(self.code_bits) and 1 < self.code_bits <= MAX_CODE_BITS):
+        if not 1 < self.code_bits <= MAX_CODE_BITS:
             raise ValueError(f"codes of {self.code_bits!r} bits")
         if self.code_group_size not in (0, self.group_size):
             raise ValueError(f"code_group_size {self.code_group_size!r} is neither 0 nor {self.group_size}")

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from signbit.errors import SignbitError
-from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, is_count, scale_dtype, select, spread
+from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, scale_dtype, select, spread
 from signbit.layouts.bits import pack_bits, packed_width, unpack_bits, unpack_floats, unpack_signs
 
 
@@ -55,7 +55,7 @@ class SplitPlanesSpec(LayoutSpec):
     def matrix_tensors(self) -> dict[str, TensorSpec]:
         n, m = self.shape
         groups, dtype = group_count(m, self.group_size), scale_dtype(self.scale_dtype)
-        if not (is_count(self.salient_columns) and self.salient_groups <= groups):
+        if self.salient_columns > m or self.salient_groups > groups:
             raise ValueError(f"{self.salient_columns!r} salient columns in {self.salient_groups!r} groups")
         zones = (2,) if self.bitmap else ()
         plane = TensorSpec((n, packed_width(m)), torch.uint8, "signs")

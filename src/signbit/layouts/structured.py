@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from signbit.errors import SignbitError
-from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, is_count, scale_dtype, spread
+from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, group_count, scale_dtype, spread
 from signbit.layouts.bits import pack_bits, packed_width, unpack_bits, unpack_floats, unpack_signs
 from signbit.layouts.ranks import MAX_OF, choices, pack_ranks, rank, rank_bits, rank_count, unpack_ranks
 from signbit.layouts.trits import LARGEST_BYTE, pack_trits, trit_width, unpack_trits
@@ -89,14 +89,15 @@ class StructuredSpec(LayoutSpec):
         return tensors
 
     def _check(self) -> None:
-        if not (is_count(self.keep) and is_count(self.of) and 1 <= self.keep <= self.of <= MAX_OF):
+        if not 1 <= self.keep <= self.of <= MAX_OF:
             raise ValueError(f"keep {self.keep!r} of {self.of!r} is not a choice of N of M <= {MAX_OF}")
-        if not is_count(self.group_size) or self.group_size % self.of:
+        if self.group_size % self.of:
             raise ValueError(f"group_size {self.group_size!r} is no multiple of {self.of}")
-        if not (is_count(self.regions) and 1 <= self.regions <= MAX_REGIONS):
+        if not 1 <= self.regions <= MAX_REGIONS:
             raise ValueError(f"{self.regions!r} is not a number of regions, 1 to {MAX_REGIONS}")
-        groups, salient = group_count(self.shape[1], self.group_size), (self.salient_columns, self.salient_groups)
-        if not all(map(is_count, salient)) or self.salient_groups > groups or bool(salient[0]) != bool(salient[1]):
+        groups = group_count(self.shape[1], self.group_size)
+        least, most = bool(self.salient_columns), min(self.salient_columns, groups)
+        if self.salient_columns > self.shape[1] or not least <= self.salient_groups <= most:
             raise ValueError(f"{self.salient_columns!r} salient columns in {self.salient_groups!r} of {groups} groups")
         if self.salient_columns and self.regions == 1:
             raise ValueError("salient columns with one region")

@@ -67,8 +67,9 @@ def _outliers(linears: Iterable[LinearSurvey]) -> float:
     scores = []
     for linear in linears:
         assert linear.power is not None
-        scores.append(ria(linear.weight, linear.power)(linear.weight, slice(None)).flatten())
-    if not scores:
+        scores.append(ria(linear.weight, linear.power)(linear.weight, slice(None)))
+    count = sum(score.numel() for score in scores)
+    if not count:
         return 0.0
-    together = torch.cat(scores)
-    return float((together > OUTLIER * together.mean()).double().mean())
+    threshold = OUTLIER * sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
+    return sum(int((score > threshold).sum()) for score in scores) / count

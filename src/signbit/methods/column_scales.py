@@ -32,7 +32,7 @@ Code = TypeVar("Code", bound=GroupCode)
 _ROUNDS = 15
 _RIDGE = 1e-6
 # Columns are divided by their scales: one that all but vanishes in a fit stays as it was.
-_LEAST = 2.0**-6
+_LEAST = 2.0**-14
 
 
 def sweep_scaled(

@@ -130,9 +130,12 @@ class HaarCode:
     def set_coefficients(self, coefficients: Tensor) -> None:
         rounded = iter(coefficients.to(self.dtype).float())
         for codebook, own in enumerate(self.own):
-            self.scales[codebook] = torch.stack([next(rounded), next(rounded)]).abs()
+            self.scales[codebook] = torch.stack([next(rounded), next(rounded)])
             if self.means is not None:
                 self.means[codebook] = torch.stack([next(rounded), next(rounded)]) if own else next(rounded)
+        low, high = _pair(self.scales.index_select(0, self.codebooks) < 0)
+        self.negative ^= torch.where(self.sparse, high, low)
+        self.scales.abs_()
 
 
 def _pair(coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +211,7 @@ def fill_average(weight: Tensor, salient: Tensor, reach: int) -> Tensor:
     all ordinary ones if there are none so near; by 0 if all are salient."""
     places, marked = torch.arange(weight.shape[1], device=weight.device), salient.nonzero().squeeze(1)
     ordinary = ~salient.unsqueeze(1)
-    near = ((places.unsqueeze(1) - marked).abs() <= reach) & ordinary
+    near = ((places.unsqueeze(1) - marked).abs() <= min(reach, len(places))) & ordinary
     window = (near | (ordinary & ~near.any(0))).float()
     filled = weight.clone()
     filled[:, marked] = weight @ window / window.sum(0).clamp_(min=1)

@@ -140,6 +140,8 @@ class PartialCode:
 
     def set_coefficients(self, coefficients: Tensor) -> None:
         dtype = self.scale.dtype
+        turned = coefficients[:2] < 0
+        self.negative ^= torch.where(self.salient, turned[1], turned[0])
         self.scale, self.code_scale = coefficients[:2].abs().to(dtype)
         if self._middles is not None:
             self.mean, self.code_offset = coefficients[2:].to(dtype)

@@ -79,9 +79,12 @@ class PlanesCode:
     def set_coefficients(self, coefficients: Tensor) -> None:
         if self.mean is not None:
             self.mean = coefficients[-1].to(self.mean.dtype)
+        scales = coefficients[: len(self.scales)]
+        negative = self.negative ^ (scales < 0).unsqueeze(1)
         # Larger scales first: then the greedy choice of signs is the nearest of all values.
-        scales = coefficients[: len(self.scales)].abs().sort(0, descending=True).values
-        self.scales = scales.to(self.scales.dtype)
+        sizes, order = scales.abs().sort(0, descending=True)
+        self.negative = negative.gather(0, order.unsqueeze(1).expand_as(negative))
+        self.scales = sizes.to(self.scales.dtype)
         self.__post_init__()
 
 

@@ -114,6 +114,12 @@ class SplitCode:
         return torch.stack(features + ordinary + doubled if self.mean else features)
 
     def set_coefficients(self, coefficients: Tensor) -> None:
+        turned = (coefficients[: self.scale_count] < 0).unsqueeze(2)
+        self.negative ^= torch.where(self.sparse, turned[1], turned[0]) & ~self.salient
+        for zone in range(self.zones):
+            member = self.salient & (self.sparse == bool(zone)) if self.bitmap else self.salient
+            self.negative ^= member & turned[2 + 2 * zone]
+            self.residual ^= member & turned[3 + 2 * zone]
         coefficients = coefficients.clone()
         coefficients[: self.scale_count].abs_()
         self.coefficients = coefficients.to(self.dtype).float()

@@ -181,8 +181,11 @@ class StructuredCode:
 
     def set_coefficients(self, coefficients: Tensor) -> None:
         parts, dtype = len(self.scales), self.scales.dtype
+        turned = coefficients < 0
+        self.negative ^= (self.members & turned[:parts].unsqueeze(1)).any(0)
         self.scales = coefficients[:parts].abs().to(dtype)
         if self.regions < parts:
+            self.residual ^= self.members[-1] & turned[parts]
             self.residual_scale = coefficients[parts].abs().to(dtype)
         if self.means is not None:
             self.means = coefficients[-parts:].to(dtype)

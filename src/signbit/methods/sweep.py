@@ -55,7 +55,7 @@ class GroupCode(GroupValues, Protocol):
     def set_coefficients(self, coefficients: Tensor) -> None:
         """Take these [F, n], rounded to storage dtype, in place of those there are.
 
-        Scales may come out negative: then take their size, the choices will be made anew.
+        Scales may come out negative: then take their size, and turn the signs that they stand before.
         """
         ...
 
