@@ -12,7 +12,7 @@ import signbit
 from matrices import hessian_of, random_inputs, random_weight
 from signbit import Recipe, SignbitError
 from signbit.blockwise import layer_errors
-from signbit.calibration.hessian import HessianAccumulator, factorize
+from signbit.calibration.hessian import HessianAccumulator, centered, factorize
 from signbit.layouts import SignPlanes, describe, parse_spec
 from signbit.methods import sign
 from signbit.methods.sign import SignOptions
@@ -66,14 +66,39 @@ def test_layer_errors_are_those_of_the_corrected_outputs() -> None:
     assert expected < 0.8 * uncorrected
 
 
-def test_a_constant_input_is_left_to_the_bias() -> None:
+def test_the_hessian_of_what_varies() -> None:
+    inputs = random_inputs(300, 20) + 5
+    accumulator = HessianAccumulator(20, inputs.device)
+    accumulator.add(inputs)
+    found = centered(accumulator.hessian(), accumulator.mean())
+    assert torch.allclose(found, hessian_of(inputs - inputs.mean(0)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 160])
+@pytest.mark.parametrize("width", [60, 64, 100])
+def test_inputs_that_do_not_vary_at_all(tokens: int, width: int) -> None:
+    """An expert that one token reached: its weights are quantized as they are, none is given up."""
+    accumulator = HessianAccumulator(width, torch.device("cpu"))
+    accumulator.add(random_inputs(1, width).expand(tokens, -1))
+    factor = factorize(centered(accumulator.hessian(), accumulator.mean()), 0.01)
+    assert factor.damping == 0.01 and not factor.dead.any()
+
+
+def test_a_constant_input_keeps_its_weights() -> None:
     inputs = random_inputs(200, 10)
-    inputs[:, 4] = 3.0
+    inputs[:, :3] = 2.0
+    inputs[:, 7] = 0.0
     accumulator = HessianAccumulator(10, inputs.device)
     accumulator.add(inputs)
-    hessian = accumulator.hessian().addr_(accumulator.mean(), accumulator.mean(), alpha=-2)
-    hessian.diagonal().clamp_(min=0)
-    assert torch.isfinite(factorize(hessian, 0.01).upper).all()
+    factor = factorize(centered(accumulator.hessian(), accumulator.mean()), 0.01)
+    assert factor.dead.nonzero().flatten().tolist() == [7]
+
+
+def test_an_expert_that_one_token_reached(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    fields = {**SMALL_RECIPE, "calib": str(text_file), "samples": 1, "seqlen": 2}
+    recipe = Recipe.load("billm-plus", {key: value for key, value in fields.items() if key != "method"})
+    report = signbit.quantize(str(tiny_dir("mixtral")), tmp_path / "out", recipe, device="cpu")
+    assert all(layer.weight_error < 2 for layer in report.layers)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3_moe"])

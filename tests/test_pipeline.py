@@ -172,6 +172,16 @@ def test_inputs_that_are_always_zero_are_noted(tiny_dir: MakeDir, text_file: Pat
 # --- determinism ------------------------------------------------------------------------------------------------------
 
 
+def test_weights_that_only_dead_inputs_reach_are_no_underflow(
+    tiny_dir: MakeDir, text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_dir("gpt2"), tmp_path / "model")
+    for part in ("weight", "bias"):
+        change_weight(tmp_path / "model", f"transformer.h.0.ln_1.{part}", lambda tensor: tensor.zero_())
+    report = pipeline.quantize(str(tmp_path / "model"), tmp_path / "out", recipe(text_file), device="cpu")
+    assert any("always zero" in note for layer in report.layers for note in layer.notes)
+
+
 def test_a_group_wider_than_the_row_is_noted(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
     report = pipeline.quantize(
         str(tiny_dir("llama")), tmp_path / "out", recipe(text_file, group_size=50_000), device="cpu"

@@ -213,3 +213,8 @@ class TestFiles:
     def test_no_such_file(self, name: str) -> None:
         with pytest.raises(SignbitError, match="no recipe or file"):
             Recipe.load(name)
+
+
+def test_options_that_do_not_go_together_are_refused_in_words() -> None:
+    with pytest.raises(SignbitError, match=r"^recipe: keep 4 of 1 is more than all$"):
+        Recipe({"method": "stbllm", "of": 1, "samples": 1})

@@ -202,7 +202,20 @@ def test_coefficients_beyond_their_dtype_are_refused_with_the_way_out(name: str)
 
 
 @pytest.mark.parametrize(
-    "change", [{"shape": [2, 0.5]}, {"group_size": -1}, {"salient_groups": -1}, {"mean": None, "surprise": 0}], ids=str
+    "change",
+    [
+        {"shape": [2, 0.5]},
+        {"group_size": -1},
+        {"group_size": 2**70},
+        {"salient_groups": -1},
+        {"salient_groups": 0.0},
+        {"salient_columns": 41},
+        {"mean": None},
+        {"mean": "x"},
+        {"bias": 2},
+        {"surprise": 0},
+    ],
+    ids=str,
 )
 def test_a_damaged_description_is_refused(change: dict[str, Any]) -> None:
     good = describe(SplitPlanes.encode(**random_parts(2, 40, 16, "some", True, "float16")))
