@@ -27,7 +27,7 @@ Paper and released code differ, and the preset ``pb-llm`` takes
 What the preset ``pb-llm-plus`` changes. ``salience: error`` asks what binarizing a weight would cost rather than what
 zeroing it would: s_ij = (w_ij - mu - alpha b)^2 / U_jj^2. A weight that happens to be as large as the scale needs no
 code however salient it is, and one near zero may. alpha is that of the weights that are not chosen, so choice and scale
-are found in turns. Codes have four bits and a searched range, which pays for more of them. Coefficients are two scales
+are found in turns. Codes have three bits and a searched range, which pays for more of them. Coefficients are two scales
 a row, no means, fitted again with the choices known (``refits``, ``passes``).
 
 The decision is stored in the layout ``partial``.
