@@ -13,6 +13,18 @@ def random_weight(n: int, m: int, seed: int = 0) -> Tensor:
     return weight * (0.5 + torch.rand(m, generator=generator))
 
 
+def skewed_weight(n: int, m: int, seed: int = 0) -> Tensor:
+    """A few columns stand out, as in the models that salience was made for."""
+    weight = random_weight(n, m, seed)
+    weight[:, 3::11] *= 3
+    return weight
+
+
+def half(x: Tensor) -> Tensor:
+    """x as float16 holds it, in float64."""
+    return x.half().double()
+
+
 def random_inputs(tokens: int, width: int, seed: int = 0) -> Tensor:
     """Correlated inputs of different sizes."""
     generator = torch.Generator().manual_seed(seed)

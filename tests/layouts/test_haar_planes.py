@@ -1,4 +1,3 @@
-import json
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ from signbit.layouts import HaarPlanes, describe, parse_spec
 from signbit.layouts.base import SCALE_DTYPES
 from signbit.layouts.bits import pack_bits
 from signbit.layouts.haar_planes import SalientPart
+from stored import check_made_again
 
 
 def random_parts(
@@ -139,14 +139,7 @@ def test_dequantized_is_the_slow_sum_to_the_bit(shape: dict[str, Any]) -> None:
 @settings(deadline=None, max_examples=40)
 def test_description_and_tensors_make_the_layout_again(shape: dict[str, Any]) -> None:
     layout = HaarPlanes.encode(**random_parts(**shape))
-    kind, spec = parse_spec("m", json.loads(json.dumps(describe(layout))))
-    assert (kind, spec) == (HaarPlanes, layout.spec)
-    stored = layout.state_dict()
-    assert list(stored) == list(spec.tensors())
-    again = kind(spec, dict(stored))
-    again.check("m")
-    assert torch.equal(again.dequantize(), layout.dequantize())
-    assert sum(layout.items().values()) == sum(tensor.nbytes for tensor in stored.values())
+    check_made_again(layout)
 
 
 @pytest.mark.parametrize("means", [0, 1, 2])

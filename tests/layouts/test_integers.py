@@ -1,4 +1,3 @@
-import json
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from signbit.errors import SignbitError
 from signbit.layouts import Integers, describe, parse_spec
 from signbit.layouts.base import SCALE_DTYPES
 from signbit.layouts.fields import field_widths, pack_fields, packed_bytes, unpack_fields
+from stored import check_made_again
 
 
 def random_parts(n: int, m: int, bits: int, group_size: int, zeros: bool, dtype: str, seed: int = 0) -> dict[str, Any]:
@@ -95,12 +95,7 @@ def test_dequantized_is_the_slow_product_to_the_bit(shape: dict[str, Any]) -> No
 @settings(deadline=None, max_examples=40)
 def test_description_and_tensors_make_the_layout_again(shape: dict[str, Any]) -> None:
     layout = Integers.encode(**random_parts(**shape))
-    kind, spec = parse_spec("m", json.loads(json.dumps(describe(layout))))
-    assert (kind, spec) == (Integers, layout.spec)
-    stored = layout.state_dict()
-    assert list(stored) == list(spec.tensors())
-    assert torch.equal(kind(spec, dict(stored)).dequantize(), layout.dequantize())
-    assert sum(layout.items().values()) == sum(tensor.nbytes for tensor in stored.values())
+    check_made_again(layout)
     # Random codes cannot take less than their bits.
     assert 8 * layout.items()["codes"] >= shape["n"] * shape["m"] * shape["bits"]
     assert layout.nominal_bits == shape["bits"]

@@ -1,4 +1,3 @@
-import json
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ from signbit.layouts import Partial, describe, parse_spec
 from signbit.layouts.base import SCALE_DTYPES
 from signbit.layouts.bits import pack_integers, unpack_bits, unpack_integers
 from signbit.layouts.positions import STRIP_ROWS, encode
+from stored import check_made_again
 
 
 def random_parts(
@@ -134,12 +134,7 @@ def test_dequantized_is_the_slow_sum_to_the_bit(shape: dict[str, Any]) -> None:
 @settings(deadline=None, max_examples=40)
 def test_description_and_tensors_make_the_layout_again(shape: dict[str, Any]) -> None:
     layout = Partial.encode(**random_parts(**shape))
-    kind, spec = parse_spec("m", json.loads(json.dumps(describe(layout))))
-    assert (kind, spec) == (Partial, layout.spec)
-    stored = layout.state_dict()
-    assert list(stored) == list(spec.tensors())
-    assert torch.equal(kind(spec, dict(stored)).dequantize(), layout.dequantize())
-    assert sum(layout.items().values()) == sum(tensor.nbytes for tensor in stored.values())
+    check_made_again(layout)
 
 
 @given(st.integers(1, 8), st.integers(0, 100), st.integers(0, 2**31))

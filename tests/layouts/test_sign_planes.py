@@ -1,4 +1,3 @@
-import json
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 from signbit.errors import SignbitError
 from signbit.layouts import LAYOUTS, SignPlanes, describe, parse_spec
 from signbit.layouts.base import SCALE_DTYPES
+from stored import check_made_again
 
 
 def random_parts(
@@ -81,12 +81,7 @@ def test_no_rows() -> None:
 @settings(deadline=None, max_examples=40)
 def test_description_and_tensors_make_the_layout_again(shape: dict[str, Any]) -> None:
     layout = SignPlanes.encode(**random_parts(**shape))
-    kind, spec = parse_spec("m", json.loads(json.dumps(describe(layout))))
-    assert (kind, spec) == (SignPlanes, layout.spec)
-    stored = layout.state_dict()
-    assert list(stored) == list(spec.tensors())
-    assert torch.equal(kind(spec, dict(stored)).dequantize(), layout.dequantize())
-    assert sum(layout.items().values()) == sum(tensor.nbytes for tensor in stored.values())
+    check_made_again(layout)
 
 
 @pytest.mark.parametrize("mean", [False, True])

@@ -1,4 +1,3 @@
-import json
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ from signbit.errors import SignbitError
 from signbit.layouts import Structured, describe, parse_spec
 from signbit.layouts.base import SCALE_DTYPES
 from signbit.layouts.structured import kept_in_part
+from stored import check_made_again
 
 
 def random_kept(n: int, m: int, keep: int, of: int, generator: torch.Generator) -> Tensor:
@@ -130,12 +130,7 @@ def test_dequantized_is_the_slow_sum_to_the_bit(shape: dict[str, Any]) -> None:
 @settings(deadline=None, max_examples=60)
 def test_description_and_tensors_make_the_layout_again(shape: dict[str, Any]) -> None:
     layout = Structured.encode(**random_parts(**shape))
-    kind, spec = parse_spec("m", json.loads(json.dumps(describe(layout))))
-    assert (kind, spec) == (Structured, layout.spec)
-    stored = layout.state_dict()
-    assert list(stored) == list(spec.tensors())
-    assert torch.equal(kind(spec, dict(stored)).dequantize(), layout.dequantize())
-    assert sum(layout.items().values()) == sum(tensor.nbytes for tensor in stored.values())
+    check_made_again(layout)
 
 
 @given(shapes)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from matrices import damped, hessian_of, random_factor, random_inputs, random_weight
+from matrices import damped, half, hessian_of, random_factor, random_inputs, random_weight, skewed_weight
 from signbit.calibration.hessian import Factor, factorize, quadratic
 from signbit.layouts import SplitPlanes
 from signbit.methods import arb_llm, billm
@@ -27,18 +27,7 @@ def quantize(weight: Tensor, seed: int = 0, **options: Any) -> SplitPlanes:
     return arb_llm.quantize(weight, random_factor(weight.shape[1], seed), ArbLLMOptions(**options))
 
 
-def skewed_weight(n: int, m: int, seed: int = 0) -> Tensor:
-    """A few columns stand out, as in the models that salience was made for."""
-    weight = random_weight(n, m, seed)
-    weight[:, 3::11] *= 3
-    return weight
-
-
 # --- the method as arb_llm.py tells it, in float64, weight by weight --------------------------------------------------
-
-
-def half(x: Tensor) -> Tensor:
-    return x.half().double()
 
 
 class SlowZone:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from matrices import binarized, damped, hessian_of, random_factor, random_inputs, random_weight
+from matrices import binarized, damped, half, hessian_of, random_factor, random_inputs, random_weight, skewed_weight
 from signbit.calibration.hessian import Factor, factorize, quadratic
 from signbit.layouts import SplitPlanes
 from signbit.layouts.bits import unpack_bits
@@ -22,18 +22,7 @@ def quantize(weight: Tensor, seed: int = 0, **options: Any) -> SplitPlanes:
     return billm.quantize(weight, random_factor(weight.shape[1], seed), BiLLMOptions(**options))
 
 
-def skewed_weight(n: int, m: int, seed: int = 0) -> Tensor:
-    """A few columns stand out, as in the models that salience was made for."""
-    weight = random_weight(n, m, seed)
-    weight[:, 3::11] *= 3
-    return weight
-
-
 # --- the method, step by step as the paper and billm.py tell it, in float64 -------------------------------------------
-
-
-def half(x: Tensor) -> Tensor:
-    return x.half().double()
 
 
 def fit(x: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor]:

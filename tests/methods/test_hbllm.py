@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from matrices import binarized, damped, hessian_of, random_factor, random_inputs, random_weight
+from matrices import binarized, damped, half, hessian_of, random_factor, random_inputs, random_weight, skewed_weight
 from signbit.calibration.hessian import Factor, factorize, quadratic
 from signbit.errors import SignbitError
 from signbit.layouts import HaarPlanes
@@ -25,22 +25,11 @@ def quantize(weight: Tensor, seed: int = 0, **options: Any) -> HaarPlanes:
     return hbllm.quantize(weight, random_factor(weight.shape[1], seed), HBLLMOptions(**options))
 
 
-def skewed_weight(n: int, m: int, seed: int = 0) -> Tensor:
-    """A few columns stand out, as in the models that salience was made for."""
-    weight = random_weight(n, m, seed)
-    weight[:, 3::11] *= 3
-    return weight
-
-
 def bits_per_weight(layout: HaarPlanes) -> float:
     return 8 * sum(layout.items().values()) / (layout.shape[0] * layout.shape[1])
 
 
 # --- the method, step by step as hbllm.py tells it, in float64 --------------------------------------------------------
-
-
-def half(x: Tensor) -> Tensor:
-    return x.half().double()
 
 
 def transform(length: int, group_size: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from matrices import damped, hessian_of, random_factor, random_inputs, random_weight
+from matrices import damped, half, hessian_of, random_factor, random_inputs, random_weight
 from signbit.calibration.hessian import Factor, factorize, quadratic
 from signbit.errors import SignbitError
 from signbit.layouts import Partial
@@ -47,10 +47,6 @@ def salient_of(layout: Partial) -> Tensor:
 
 
 # --- the method, step by step as pb_llm.py tells it, in float64 -------------------------------------------------------
-
-
-def half(x: Tensor) -> Tensor:
-    return x.half().double()
 
 
 def slow_salient(weight: Tensor, diagonal: Tensor, options: PBLLMOptions) -> Tensor:

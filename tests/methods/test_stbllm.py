@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import signbit
-from matrices import binarized, damped, hessian_of, random_factor, random_inputs, random_weight
+from matrices import binarized, damped, half, hessian_of, random_factor, random_inputs, random_weight, skewed_weight
 from signbit import Recipe, SignbitError
 from signbit.calibration.hessian import Factor, factorize, quadratic
 from signbit.layouts import Structured
@@ -24,13 +24,6 @@ FEEDBACKS = get_args(Feedback)
 
 def quantize(weight: Tensor, seed: int = 0, **options: Any) -> Structured:
     return stbllm.quantize(weight, random_factor(weight.shape[1], seed), StbllmOptions(**options))
-
-
-def skewed_weight(n: int, m: int, seed: int = 0) -> Tensor:
-    """A few columns stand out."""
-    weight = random_weight(n, m, seed)
-    weight[:, 3::11] *= 3
-    return weight
 
 
 def kept_by(layout: Structured) -> Tensor:
@@ -48,10 +41,6 @@ def kept_by(layout: Structured) -> Tensor:
 
 
 # --- the method, step by step as the paper and stbllm.py tell it, in float64 ------------------------------------------
-
-
-def half(x: Tensor) -> Tensor:
-    return x.half().double()
 
 
 def fit(x: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
