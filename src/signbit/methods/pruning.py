@@ -60,7 +60,10 @@ def _relative(weight: Tensor) -> Scores:
 
 
 def input_power(factor: Factor) -> Tensor:
-    """The diagonal [m] of the Hessian as it was before damping; dead inputs have 0."""
+    """The diagonal [m] of the Hessian as it was before damping; dead inputs have 0.
+
+    With a bias correction the Hessian is that of what varies, so this is an input's variance, not its power.
+    """
     diagonal = factor.inverse.square().sum(1)
     # What factorize did: dead inputs have 1, then damping times the mean of the diagonal is added to all.
     alive = diagonal.sum() - factor.dead.sum()
