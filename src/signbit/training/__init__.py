@@ -1,0 +1,1 @@
+"""Quantization-aware training: packed weights become latent ones, are trained by distillation, and are packed again."""

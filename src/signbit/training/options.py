@@ -1,0 +1,60 @@
+"""The keys of a recipe that say how it is trained; a recipe with any of them is one for ``signbit train``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class TrainingOptions(BaseModel):
+    """Options of the training that follows a method; flat in the recipe beside the method's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # How long, on what
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch: int = Field(8, ge=1, description="sequences of seqlen tokens in a step, over all processes")
+    micro_batch: int = Field(4, ge=1, description="sequences that go through the model at once, in each process")
+    heldout: int = Field(8, ge=0, description="sequences kept back from the text, for the perplexity while training")
+
+    # What is learned
+    latent: Literal["constant", "weights"] = Field(
+        "constant", description="magnitudes of the latent weights at the start: all alike, or as the original weights'"
+    )
+    latent_scale: Positive = Field(0.01, description="the latent weights' mean magnitude at the start")
+    straight_through: Literal["identity", "tanh", "clip"] = Field(
+        "tanh", description="the gradient that the sign of a latent weight w is given: 1, 1.001 - tanh(w)^2, or |w| <= 1"
+    )
+    scales: Literal["learned", "optimal", "fixed"] = Field(
+        "learned", description="scales and means: trained, recomputed from the latent weights each step, or as they are"
+    )
+    freeze_salient: bool = Field(True, description="salient weights stay as they are at the start")
+
+    # The loss, each term a mean per token
+    kl: float = Field(1.0, ge=0, description="weight of KL(teacher || student) of the next token's distribution")
+    hidden: float = Field(1.0, ge=0, description="weight of the squared distance of normalised hidden states, summed over blocks")
+    lm: float = Field(0.0, ge=0, description="weight of the text's own cross entropy")
+    teacher_cache: bool = Field(False, description="keep the teacher's hidden states on disk: text is seen more than once")
+
+    # The optimizer: AdamW
+    lr: Positive = Field(1e-4, description="peak learning rate of latent weights")
+    scale_lr: Positive | None = Field(None, description="of scales and means; by default lr")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate after the warm-up")
+    clip: float = Field(1.0, ge=0, description="the norm that gradients are clipped to; 0: not at all")
+
+    # How it runs
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of activations; auto: bfloat16 on GPUs that have it. Latents are float32"
+    )
+    gradient_checkpointing: bool = Field(False, description="compute blocks again rather than keep their activations")
+    sharding: Literal["none", "full"] = Field(
+        "none", description="with several processes: each has the whole model (DDP), or a shard of it (FSDP2)"
+    )
+    snapshot_every: int = Field(100, ge=1, description="steps between snapshots that --resume goes on from")
+    evaluate_every: int = Field(100, ge=1, description="steps between held-out perplexities")
