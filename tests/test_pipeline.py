@@ -454,7 +454,7 @@ def test_weights_are_freed_as_soon_as_they_are_packed(
     finally:
         gc.enable()
     assert len(weights) == 14
-    assert alive_at_most == 1
+    assert alive_at_most <= torch.get_num_threads()  # one in each thread
 
 
 def test_two_runs_on_one_output_exclude_each_other(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
@@ -469,7 +469,7 @@ def test_scales_too_small_for_their_dtype_are_refused(tiny_dir: MakeDir, text_fi
     file = model / "model.safetensors"
     tensors = load_file(file)
     save_file({k: v * 1e-9 if "proj" in k else v for k, v in tensors.items()}, file, {"format": "pt"})
-    with pytest.raises(SignbitError, match=r"q_proj: scales are too small.*bfloat16"):
+    with pytest.raises(SignbitError, match=r"_proj: scales are too small.*bfloat16"):
         signbit.quantize(model, tmp_path / "out", recipe(text_file))
     signbit.quantize(model, tmp_path / "out", recipe(text_file, scale_dtype="bfloat16"))
 

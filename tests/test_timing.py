@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from signbit.timing import Stopwatch, phase
+from signbit.timing import Stopwatch, elsewhere, phase
 
 
 class Clock:
@@ -90,3 +90,21 @@ def test_the_innermost_running_stopwatch_counts(clock: Clock) -> None:
         with phase("b"):
             clock.wait(2)
     assert (first.seconds, second.seconds) == ({"b": 2}, {"a": 1})
+
+
+def test_time_spent_elsewhere_is_shared_out(clock: Clock) -> None:
+    stopwatch, threads = Stopwatch(), [Stopwatch(), Stopwatch()]
+    with stopwatch.running(), phase("outer"):
+        clock.wait(1)
+        with elsewhere(threads):
+            clock.wait(10)
+            threads[0].seconds |= {"a": 6, "b": 2}
+            threads[1].seconds |= {"a": 9, "c": 3}
+        clock.wait(2)
+    assert stopwatch.seconds == {"outer": 3, "a": 7.5, "b": 1, "c": 1.5}
+
+
+def test_nobody_waits_for_threads_that_count_nothing(clock: Clock) -> None:
+    with Stopwatch().running() as stopwatch, phase("outer"), elsewhere([Stopwatch()]):
+        clock.wait(1)
+    assert stopwatch.seconds == {"outer": 0}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from signbit.memory import return_free_memory
 from signbit.methods.options import LinearSurvey, MethodOptions, Survey
 from signbit.methods.rtn import integer_rows
 from signbit.modules import QuantizedLinear, quantized_embedding
+from signbit.parallel import side_by_side
 from signbit.progress import Progress
 from signbit.recipe import Recipe
 from signbit.report.quantization import LayerReport, QuantizationReport
@@ -309,19 +311,37 @@ class BlockwiseRun:
             with capture.watching(block):
                 inputs.run(index, keep=False)
         layers, reports = {}, []
-        for names in capture.by_input():
-            calibration = self._calibration_of(capture, prefix, names[0]) if inputs is not None else None
-            for name in names:
-                linear = linears[name]
-                packed, report = self._quantize_linear(f"{prefix}.{name}", linear, calibration, self.options[index])
-                replace_module(block, name, QuantizedLinear(packed, linear.bias))
-                set_parameter(linear, "weight", torch.empty_like(linear.weight, device="meta"))  # free it now
-                layers[report.name] = describe(packed)
-                reports.append(report)
+        for name, (packed, report) in self._quantize_linears(index, linears, capture, inputs is not None):
+            replace_module(block, name, QuantizedLinear(packed, linears[name].bias))
+            layers[report.name] = describe(packed)
+            reports.append(report)
         if inputs is not None:
             inputs.run(index, keep=True)
             inputs.check_finite(prefix)
         return FinishedBlock(layers, reports, self._stored_tensors(block, prefix))
+
+    def _quantize_linears(
+        self, index: int, linears: dict[str, Linear], capture: HessianCapture, calibrated: bool
+    ) -> Iterator[tuple[str, tuple[Layout, LayerReport]]]:
+        """What becomes of each linear of a block, by its name in it; their weights are gone afterwards."""
+        prefix = f"{self.prefix}.{index}"
+
+        def quantize(names: list[str]) -> list[tuple[Layout, LayerReport]]:
+            calibration = self._calibration_of(capture, prefix, names[0]) if calibrated else None
+            results = []
+            for name in names:
+                linear = linears[name]
+                results.append(self._quantize_linear(f"{prefix}.{name}", linear, calibration, self.options[index]))
+                set_parameter(linear, "weight", torch.empty_like(linear.weight, device="meta"))  # free it now
+            return results
+
+        # Linears that share an input one after the other, so that their factor is needed once and not for long.
+        groups = capture.by_input()
+        largest_first = sorted(groups, key=lambda names: -sum(linears[name].weight.numel() for name in names))
+        found = side_by_side([partial(quantize, names) for names in largest_first], self.device)
+        results = {names[0]: results for names, results in zip(largest_first, found, strict=True)}
+        for names in groups:
+            yield from zip(names, results[names[0]], strict=True)
 
     def _quantize_linear(
         self, name: str, linear: Linear, calibration: _Calibration | None, options: MethodOptions

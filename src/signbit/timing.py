@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -37,6 +37,20 @@ class Stopwatch:
             _active.reset(token)
 
     @contextmanager
+    def elsewhere(self, others: Sequence[Stopwatch]) -> Iterator[None]:
+        """The body waits for threads with these stopwatches: count its time as theirs, in the proportions of theirs."""
+        self._switch()
+        started = self._since
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+            whole = sum(sum(other.seconds.values()) for other in others) or 1.0
+            for other in others:
+                for name, seconds in other.seconds.items():
+                    self.seconds[name] += (self._since - started) * seconds / whole
+
+    @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._switch()
         self._stack.append(name)
@@ -58,4 +72,15 @@ def phase(name: str) -> Iterator[None]:
         yield
     else:
         with stopwatch.phase(name):
+            yield
+
+
+@contextmanager
+def elsewhere(others: Sequence[Stopwatch]) -> Iterator[None]:
+    """:meth:`Stopwatch.elsewhere` of the running stopwatch, if there is one."""
+    stopwatch = _active.get()
+    if stopwatch is None:
+        yield
+    else:
+        with stopwatch.elsewhere(others):
             yield
