@@ -7,6 +7,8 @@ import yaml
 from signbit.errors import SignbitError
 from signbit.methods import METHODS
 from signbit.recipe import CommonOptions, Recipe, parse_overrides, presets
+from signbit.training.latent import LATENT_FORMS
+from signbit.training.options import TrainingOptions
 
 BILLM = {"method": "billm"}
 
@@ -218,3 +220,29 @@ class TestFiles:
 def test_options_that_do_not_go_together_are_refused_in_words() -> None:
     with pytest.raises(SignbitError, match=r"^recipe: keep 4 of 1 is more than all$"):
         Recipe({"method": "stbllm", "of": 1, "samples": 1})
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_key_makes_a_recipe_for_training() -> None:
+    recipe = Recipe({"method": "sign", "steps": 7, "seed": 3, "planes": 2})
+    assert recipe.training is not None
+    assert (recipe.training.steps, recipe.training.batch) == (7, 8)
+    assert Recipe(recipe.to_dict()).to_dict() == recipe.to_dict()
+    start = recipe.without_training()
+    assert start.training is None
+    assert start.to_dict() == Recipe({"method": "sign", "seed": 3, "planes": 2}).to_dict()
+    assert not TrainingOptions.model_fields.keys() & start.to_dict().keys()
+
+
+def test_training_keys_are_validated() -> None:
+    refuse({"method": "sign", "steps": 0}, "'steps'", "0")
+    refuse({"method": "sign", "step": 1}, "'step'", "did you mean 'steps'?")
+
+
+def test_training_keys_are_no_other_keys_of_what_can_be_trained() -> None:
+    assert not TrainingOptions.model_fields.keys() & CommonOptions.model_fields.keys()
+    for method in METHODS.values():
+        if method.layout.kind in LATENT_FORMS:
+            assert not TrainingOptions.model_fields.keys() & method.options.model_fields.keys()

@@ -1,6 +1,7 @@
 """signbit: one bit per weight, for real.
 
     signbit.quantize(model, out, recipe)   write a packed checkpoint
+    signbit.train(model, out, recipe)      the same, with the packed weights trained
     signbit.load(directory)                (model, tokenizer), packed
     signbit.evaluate(model, ...)           perplexity, divergence from the original
     signbit.inspect(directory)             honest bits, itemised
@@ -16,8 +17,20 @@ from signbit.errors import SignbitError
 from signbit.evaluation import evaluate
 from signbit.pipeline import quantize
 from signbit.recipe import Recipe, presets
+from signbit.training.run import export_snapshot, train
 from signbit.version import __version__
 
-__all__ = ["Recipe", "SignbitError", "__version__", "evaluate", "inspect", "load", "presets", "quantize"]
+__all__ = [
+    "Recipe",
+    "SignbitError",
+    "__version__",
+    "evaluate",
+    "export_snapshot",
+    "inspect",
+    "load",
+    "presets",
+    "quantize",
+    "train",
+]
 
 del _huggingface

@@ -13,6 +13,7 @@ import copy
 import inspect as python_inspect
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from signbit.errors import SignbitError
 from signbit.journal import Journal, block_name
-from signbit.layouts import Layout, parse_spec
+from signbit.layouts import Layout, describe, parse_spec
 from signbit.recipe import Recipe
 from signbit.report.quantization import FILE as REPORT_FILE
 from signbit.report.quantization import QuantizationReport
-from signbit.safetensors_file import INDEX, StoredTensor, copy_tensors, read_directory, write_text
+from signbit.safetensors_file import INDEX, StoredTensor, copy_tensors, read_directory, read_tensor, write_text
 from signbit.source import Source, first_line, load_tokenizer, read_config, resolve
 
 METHOD_NAME = "signbit"
@@ -52,7 +53,7 @@ def check_target(out: Path, journal: Journal, *, resume: bool, overwrite: bool) 
         raise SignbitError(f"{out} already exists: choose another directory, or replace it with --overwrite")
     if out.exists() and overwrite and not _is_ours(out):
         raise SignbitError(f"{out} is not a signbit checkpoint: it is not overwritten, choose another directory")
-    if journal.has(block_name(0)) and not (overwrite or resume):
+    if journal.has_work and not (overwrite or resume):
         raise SignbitError(
             f"{journal.directory} holds an interrupted run: go on with --resume, or start anew with --overwrite"
         )
@@ -146,6 +147,35 @@ def assemble(
     config.save_pretrained(staging)
 
 
+def assemble_retrained(
+    start: Path, packed: dict[str, Layout], recipe: Recipe, journal: Journal, report: QuantizationReport
+) -> None:
+    """Build, in the staging directory, the checkpoint ``start`` with other packed matrices, by module name."""
+    staging = journal.staging
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir()
+    stored = read_directory(start)
+    for path in start.iterdir():
+        if path.is_file() and path.name not in {INDEX, *(tensor.file.name for tensor in stored.values())}:
+            shutil.copy(path, staging)
+    tensors = {f"{name}.packed.{key}": value for name, one in packed.items() for key, value in one.state_dict().items()}
+    journal.write("packed", tensors)
+    stored |= {tensor.name: tensor for tensor in journal.stored("packed")}
+    _write_weights(staging, list(stored.values()))
+    config = read_config(start)
+    quantization = config["quantization_config"]
+    config["quantization_config"] = {
+        "quant_method": METHOD_NAME,
+        "format_version": FORMAT_VERSION,
+        **recipe.to_dict(),
+        "outer_modules": quantization["outer_modules"],
+        "layers": quantization["layers"] | {name: describe(one) for name, one in packed.items()},
+    }
+    write_text(staging / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(staging / REPORT_FILE, report.to_json())
+
+
 def _write_weights(directory: Path, stored: list[StoredTensor]) -> None:
     """One file, or shards as transformers would cut them."""
     limit = python_inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default
@@ -209,6 +239,16 @@ def check_tensors(path: Path, quantization: dict[str, Any]) -> dict[str, StoredT
         if ".packed." in name and name not in expected:
             raise SignbitError(f"{tensor.file}: {name} belongs to no layer of config.json")
     return stored
+
+
+def read_layouts(path: Path) -> Iterator[tuple[str, Layout]]:
+    """(module name, packed matrix) of each quantized linear of a checkpoint, one in memory at a time."""
+    quantization = read_quantization(path)
+    stored = check_tensors(path, quantization)
+    for name, description in quantization["layers"].items():
+        if name not in quantization["outer_modules"]:
+            layout, spec = parse_spec(name, description)
+            yield name, layout(spec, {key: read_tensor(stored[f"{name}.packed.{key}"]) for key in spec.tensors()})
 
 
 def check_layouts(model: PreTrainedModel) -> None:

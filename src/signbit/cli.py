@@ -22,7 +22,11 @@ from signbit.evaluation import evaluate
 from signbit.methods import METHODS
 from signbit.pipeline import quantize
 from signbit.recipe import CommonOptions, Recipe, parse_overrides, presets
+from signbit.report.quantization import QuantizationReport
 from signbit.safetensors_file import write_text
+from signbit.training.options import TrainingOptions
+from signbit.training.processes import is_first_process
+from signbit.training.run import export_snapshot, train
 from signbit.version import __version__
 
 _device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -39,42 +43,74 @@ def app() -> None:
     """
 
 
+def _run_options(command: Any) -> Any:
+    """The options of quantize and train."""
+    options = [
+        click.argument("model"),
+        click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new checkpoint."),
+        click.option("--recipe", metavar="NAME", help=f"A preset ({', '.join(presets())}) or a YAML file."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe."),
+        click.option("--calib", metavar="SOURCE", help="wikitext2, c4, ptb, a .txt/.raw/.jsonl file, or self."),
+        click.option("--samples", type=int, help="Calibration sequences."),
+        click.option("--seqlen", type=int, help="Tokens in a sequence."),
+        click.option("--seed", type=int),
+        _device,
+        click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same command."),
+        click.option("--overwrite", is_flag=True, help="Replace OUT, or what is left of an interrupted run."),
+        _trust,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @app.command("quantize")
-@click.argument("model")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new checkpoint.")
-@click.option("--recipe", default="billm", show_default=True, help=f"A preset ({', '.join(presets())}) or a YAML file.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
-@click.option("--calib", metavar="SOURCE", help="wikitext2, c4, ptb, a .txt/.raw/.jsonl file, or self.")
-@click.option("--samples", type=int, help="Calibration sequences.")
-@click.option("--seqlen", type=int, help="Tokens in each.")
-@click.option("--seed", type=int)
-@_device
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same command.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT, or what is left of an interrupted run.")
-@_trust
-def quantize_command(
+@_run_options
+def quantize_command(model: str, out: Path, recipe: str | None, overrides: tuple[str, ...], **options: Any) -> None:
+    """Quantize MODEL and write a checkpoint. The default recipe is billm."""
+    chosen = Recipe.load(recipe or "billm", {**parse_overrides(overrides), **_shortcuts(options)})
+    report = quantize(model, out, chosen, progress=console.ConsoleProgress(), **options)
+    _print_report(report, out)
+
+
+@app.command("train")
+@_run_options
+@click.option("--export", type=click.Path(path_type=Path), help="Only write the last snapshot of the run as this.")
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Directory for logs of losses.")
+def train_command(
     model: str,
     out: Path,
-    recipe: str,
+    recipe: str | None,
     overrides: tuple[str, ...],
-    device: str,
-    resume: bool,
-    overwrite: bool,
-    trust_remote_code: bool,
-    **shortcuts: Any,
+    export: Path | None,
+    tensorboard: Path | None,
+    **options: Any,
 ) -> None:
-    """Quantize MODEL and write a checkpoint."""
-    given = {key: value for key, value in shortcuts.items() if value is not None}
-    report = quantize(
-        model,
-        out,
-        Recipe.load(recipe, {**parse_overrides(overrides), **given}),
-        device=device,
-        resume=resume,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        progress=console.ConsoleProgress(),
-    )
+    """Train the packed weights of MODEL by distillation and write a checkpoint. The default recipe is onebit.
+
+    Several processes: torchrun --nproc-per-node N -m signbit train ...
+    """
+    given = {**parse_overrides(overrides), **_shortcuts(options)}
+    chosen = None if export and recipe is None and not given else Recipe.load(recipe or "onebit", given)
+    progress = console.ConsoleProgress()
+    if export is not None:
+        own = {key: options[key] for key in ("overwrite", "trust_remote_code")}
+        trained, out = export_snapshot(model, out, export, chosen, progress=progress, **own), export
+    else:
+        assert chosen is not None
+        trained = train(model, out, chosen, tensorboard=tensorboard, progress=progress, **options)
+    if is_first_process():
+        _print_report(trained.report, out)
+        console.console.print(console.training_table(trained.record))
+
+
+def _shortcuts(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options that stand for keys of the recipe out of ``options``; those that are given."""
+    shortcuts = {key: options.pop(key) for key in ("calib", "samples", "seqlen", "seed")}
+    return {key: value for key, value in shortcuts.items() if value is not None}
+
+
+def _print_report(report: QuantizationReport, out: Path) -> None:
     console.console.print(console.quantization_table(report))
     console.console.print(console.unquantized_table(report.unquantized))
     notes = console.notes_table(report)
@@ -151,14 +187,17 @@ def methods_command(json_file: str | None) -> None:
         }
         for method in METHODS.values()
     ]
-    common = _describe_options(CommonOptions)
+    common, training = _describe_options(CommonOptions), _describe_options(TrainingOptions)
     for method in METHODS.values():
         console.console.print(f"{method.name}: {method.summary}\n  {method.paper}; layout {method.layout.kind}")
         _print_options(_describe_options(method.options))
     console.console.print("every recipe", style="bold")
     _print_options(common)
+    console.console.print("training", style="bold")
+    _print_options(training)
     console.console.print(f"presets: {', '.join(presets())}")
-    _write_json({"methods": described, "common_options": common, "presets": presets()}, json_file)
+    result = {"methods": described, "common_options": common, "training_options": training, "presets": presets()}
+    _write_json(result, json_file)
 
 
 def _describe_options(model: Any) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from signbit.report.quantization import QuantizationReport
+from signbit.training.record import Record
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 if not console.is_terminal:
@@ -32,9 +33,10 @@ class ConsoleProgress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}", markup=False),
         )
         with Progress(*columns, console=console) as bars:
-            yield _Bar(bars, bars.add_task(description, total=total))
+            yield _Bar(bars, bars.add_task(description, total=total, status=""))
 
     def note(self, message: str) -> None:
         console.print(message)
@@ -47,12 +49,15 @@ class _Bar:
     def advance(self, steps: int = 1) -> None:
         self._bars.advance(self._task, steps)
 
+    def status(self, text: str) -> None:
+        self._bars.update(self._task, status=text)
+
 
 class _Lines:
     def __init__(self, description: str, total: int) -> None:
         import time
 
-        self._description, self._total, self._done = description, total, 0
+        self._description, self._total, self._done, self._status = description, total, 0, ""
         self._clock, self._started = time.monotonic, time.monotonic()
 
     def advance(self, steps: int = 1) -> None:
@@ -60,7 +65,11 @@ class _Lines:
         if self._done * 10 // self._total > before * 10 // self._total:
             elapsed = self._clock() - self._started
             left = elapsed / self._done * (self._total - self._done)
-            console.print(f"{self._description}: {self._done}/{self._total}, {elapsed:.0f} s, about {left:.0f} s left")
+            line = f"{self._description}: {self._done}/{self._total}, {elapsed:.0f} s, about {left:.0f} s left"
+            console.print(f"{line}, {self._status}" if self._status else line)
+
+    def status(self, text: str) -> None:
+        self._status = text
 
 
 def quantization_table(report: QuantizationReport) -> Table:
@@ -78,6 +87,14 @@ def quantization_table(report: QuantizationReport) -> Table:
             f"{_mean([layer.weight_error for layer in layers]):.4f}",
             f"{_mean(outputs):.4f}" if outputs else "-",
         )
+    return table
+
+
+def training_table(record: Record) -> Table:
+    """Held-out perplexities along the way."""
+    table = _table("step", "loss", "held-out perplexity")
+    for step, perplexity in record.heldout:
+        table.add_row(str(step), f"{record.losses[step - 1]['loss']:.4g}" if step else "-", f"{perplexity:,.4g}")
     return table
 
 

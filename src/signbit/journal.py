@@ -9,6 +9,14 @@ A run writes to ``OUT.partial`` and nothing else until it is done:
     OUT.partial/block-00007.safetensors a finished block: packed and kept tensors; its layers' reports as metadata
     OUT.partial/checkpoint/             the checkpoint being put together; renamed to OUT as the last step
 
+and a training, instead of blocks,
+
+    OUT.partial/start/                  the checkpoint that it starts from
+    OUT.partial/tokens.bin              the text as token ids, int32
+    OUT.partial/text-00007.bin          part of a text that the model writes, until all of it is there
+    OUT.partial/snapshot.safetensors    all that is trained, and how far it is
+    OUT.partial/teacher.bin, .sums      what the original model makes of each window, if that is kept
+
 Every file is written under another name, synced and renamed, so a file that is there is whole. Activations are not
 kept: a resumed run computes them again from the finished blocks, which gives the same bits.
 """
@@ -48,6 +56,7 @@ class Journal:
         self.directory = out.with_name(out.name + ".partial")
         self._lock = out.with_name(out.name + ".partial.lock")
         self.staging = self.directory / "checkpoint"
+        self.start_directory = self.directory / "start"
         self._manifest = self.directory / "journal.json"
         self._options = self.directory / "options.json"
 
@@ -60,6 +69,11 @@ class Journal:
         """Whether something that no run has left is where the journal should be."""
         directory = self.directory
         return directory.exists() and not (self.exists or (directory.is_dir() and not any(directory.iterdir())))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether it holds what took time: a finished block, or where a training starts."""
+        return self.has(block_name(0)) or (self.start_directory / "config.json").is_file()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -82,15 +96,19 @@ class Journal:
 
     def check(self, identity: dict[str, Any]) -> None:
         """SignbitError unless the journal was begun for the same run."""
-        try:
-            found = json.loads(self._manifest.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SignbitError(f"{self._manifest} is damaged: start again with --overwrite") from error
-        different = describe_difference(found, identity)
+        different = describe_difference(self.identity(), identity)
         if different:
             raise SignbitError(
                 f"{self.directory} was begun {different}: resume with the same command, or start anew with --overwrite"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """What the journal was begun for."""
+        try:
+            identity: dict[str, Any] = json.loads(self._manifest.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SignbitError(f"{self._manifest} is damaged: start again with --overwrite") from error
+        return identity
 
     def discard(self) -> None:
         # The manifest goes last: while it is there, the rest can still be recognised for what it is.

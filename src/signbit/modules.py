@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from signbit import kernels
 from signbit.errors import SignbitError
@@ -32,10 +33,19 @@ class QuantizedLinear(nn.Module):
         return cls(layout(spec, device=device), empty_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = kernels.matmul(x, self.packed)
-        if self.packed.spec.bias:
-            y = y + self.packed.get_buffer("bias").to(y.dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        spec = self.packed.spec
+        correction = self.packed.get_buffer("bias") if spec.bias else None
+        return complete(kernels.matmul(x, self.packed), spec.norm, correction, self.bias)
+
+
+def complete(y: Tensor, norm: bool, *biases: Tensor | None) -> Tensor:
+    """What follows the product of a linear: normalised outputs, if they are, then whatever biases there are."""
+    if norm:
+        y = F.layer_norm(y, y.shape[-1:])
+    for bias in biases:
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+    return y
 
 
 class QuantizedEmbedding(nn.Module):

@@ -44,9 +44,11 @@ def quantize(
     ``out``, or what is left of an interrupted run. Returns the report, timings included. Raises SignbitError for
     whatever the caller can put right.
     """
-    model, out, chosen = str(model), _target(out), choose_device(device)
+    model, out, chosen = str(model), target_of(out), choose_device(device)
     if not isinstance(recipe, Recipe):
         recipe = Recipe(recipe) if isinstance(recipe, dict) else Recipe.load(str(recipe))
+    if recipe.training is not None:
+        raise SignbitError("the recipe has training keys, such as steps: use signbit train, or take them out")
     recipe = recipe.for_model(model)
     journal = Journal(out)
     source_path = resolve(model).resolve()
@@ -66,7 +68,7 @@ def quantize(
         ) from error
 
 
-def _target(out: str | Path) -> Path:
+def target_of(out: str | Path) -> Path:
     """``out`` with symbolic links followed, so that what they point to is replaced and not they."""
     if not str(out) or not Path(out).resolve().name:
         raise SignbitError(f"{str(out)!r} is not a directory to write a checkpoint to")
@@ -91,7 +93,7 @@ def _quantize(
         "signbit": __version__,
     }
     if resume and out.exists() and not overwrite:
-        report = _already_finished(out, identity)
+        report = already_finished(out, identity)
         journal.discard()
         return report
     resuming = resume and journal.exists
@@ -113,7 +115,7 @@ def _quantize(
     return report
 
 
-def _already_finished(out: Path, identity: dict[str, Any]) -> QuantizationReport:
+def already_finished(out: Path, identity: dict[str, Any]) -> QuantizationReport:
     """The report of a finished run that is 'resumed' once more; SignbitError if it was another run."""
     report = QuantizationReport.read(out)
     found = checkpoint.read_recipe(out)

@@ -9,6 +9,10 @@ from typing import Protocol
 class Task(Protocol):
     def advance(self, steps: int = 1) -> None: ...
 
+    def status(self, text: str) -> None:
+        """How it goes, beside how far it is; shown until the next."""
+        ...
+
 
 class Progress(Protocol):
     def task(self, description: str, total: int) -> AbstractContextManager[Task]:
@@ -22,6 +26,9 @@ class Progress(Protocol):
 
 class _Nothing:
     def advance(self, steps: int = 1) -> None:
+        pass
+
+    def status(self, text: str) -> None:
         pass
 
 

@@ -1,8 +1,9 @@
 """Recipes: everything that determines a run, in one flat YAML mapping.
 
-A recipe names a method and sets that method's options beside the common keys; unknown keys are refused with the nearest
-valid one. Presets, named after the papers, are the YAML files in signbit/recipes. The recipe is kept in every
-checkpoint's config.json, so each says how to make it again.
+A recipe names a method and sets that method's options beside the common keys, and, if what the method decides on is to
+be trained, the training's; unknown keys are refused with the nearest valid one. Presets, named after the papers, are
+the YAML files in signbit/recipes. The recipe is kept in every checkpoint's config.json, so each says how to make it
+again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from signbit.errors import SignbitError
 from signbit.methods import METHODS, Method, MethodOptions
+from signbit.training.options import TrainingOptions
 
 Options = TypeVar("Options", bound=BaseModel)
 RowCodec = Literal["keep", "int8", "int4"]
@@ -54,22 +56,29 @@ class CommonOptions(BaseModel):
 
 
 class Recipe:
-    """A validated recipe: ``common`` options, a ``method`` and the ``options`` of that method."""
+    """A validated recipe: ``common`` options, a ``method`` and the ``options`` of that method.
+
+    ``training`` is None in a recipe without any training key: that is one for ``quantize``, others are for ``train``.
+    """
 
     def __init__(self, fields: dict[str, Any]) -> None:
         fields = dict(fields)
         name = fields.pop("method", None)
         if not isinstance(name, str) or name not in METHODS:
-            raise SignbitError(f"unknown method {name!r}{_nearest(str(name), METHODS)}")
+            raise SignbitError(f"unknown method {name!r}{_nearest(name if isinstance(name, str) else '', METHODS)}")
         self.method: Method = METHODS[name]
         options = self.method.options
         common = {key: fields.pop(key) for key in list(fields) if key in CommonOptions.model_fields}
+        # The method's own first: rtn and gptq, whose layout cannot be trained, have a key that the training has too.
+        trained = TrainingOptions.model_fields.keys() - options.model_fields.keys()
+        training = {key: fields.pop(key) for key in list(fields) if key in trained}
         for key in fields:
             if key not in options.model_fields:
-                known = ["method", *CommonOptions.model_fields, *options.model_fields]
+                known = ["method", *CommonOptions.model_fields, *options.model_fields, *TrainingOptions.model_fields]
                 raise SignbitError(f"unknown recipe key {key!r} for method {name}{_nearest(str(key), known)}")
         self.common: CommonOptions = _validate(CommonOptions, common)
         self.options: MethodOptions = _validate(options, fields)
+        self.training: TrainingOptions | None = _validate(TrainingOptions, training) if training else None
         if self.method.calibrated and self.common.samples == 0:
             raise SignbitError(f"method {name} needs calibration: samples must be at least 1")
         if self.common.bias_correction and self.common.samples == 0:
@@ -88,11 +97,14 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe in full, defaults included, as plain JSON types."""
-        return {
-            "method": self.method.name,
-            **self.options.model_dump(mode="json"),
-            **self.common.model_dump(mode="json"),
-        }
+        fields = {**self.options.model_dump(mode="json"), **self.common.model_dump(mode="json")}
+        training = self.training.model_dump(mode="json") if self.training else {}
+        return {"method": self.method.name, **training, **fields}
+
+    def without_training(self) -> Recipe:
+        """What ``quantize`` is to make of it: where the training starts."""
+        fields = {**self.options.model_dump(mode="json"), **self.common.model_dump(mode="json")}
+        return Recipe({"method": self.method.name, **fields})
 
 
 def presets() -> list[str]:

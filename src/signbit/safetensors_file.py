@@ -9,13 +9,14 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from signbit.errors import SignbitError
 
@@ -147,25 +148,63 @@ def write_text(file: Path, text: str) -> None:
 
 def copy_tensors(tensors: Iterable[StoredTensor], file: Path) -> None:
     """Write a new file from tensors of other files, in the order that the safetensors library would give them."""
+    given = {tensor.name: tensor for tensor in tensors}
+    described = {name: (tensor.dtype, tensor.shape) for name, tensor in given.items()}
+    with atomic_file(file) as temporary, temporary.open("wb") as out:
+        for name in _write_header(described, {"format": "pt"}, out):
+            _copy(given[name], out)
+
+
+def write_tensors(
+    described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    supply: Callable[[str], Tensor],
+    metadata: dict[str, str],
+    file: Path,
+) -> None:
+    """Write a new file of tensors that are made one at a time: ``supply`` is asked for each, in :func:`file_order`."""
+    with atomic_file(file) as temporary, temporary.open("wb") as out:
+        for name in _write_header(described, metadata, out):
+            tensor = supply(name).detach().cpu().contiguous()
+            if (tensor.dtype, tuple(tensor.shape)) != described[name]:
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, described as {described[name]}")
+            out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """The tensor itself, in memory of its own."""
+    with stored.file.open("rb") as stream:
+        stream.seek(stored.offset)
+        data = bytearray(stream.read(stored.nbytes))
+    if len(data) < stored.nbytes:
+        raise SignbitError(f"{stored.file} became shorter while it was read")
+    if not data:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
+
+
+def file_order(described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+    """Names in the order in which their tensors lie in a file: the safetensors library's."""
     rank = list(DTYPES.values()).index
-    ordered = sorted(tensors, key=lambda tensor: (-rank(tensor.dtype), tensor.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    return sorted(described, key=lambda name: (-rank(described[name][0]), name))
+
+
+def _write_header(
+    described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str], out: BinaryIO
+) -> list[str]:
+    """Write what comes before the data, and return the order of that."""
+    order = file_order(described)
+    header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
-    for tensor in ordered:
-        header[tensor.name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.nbytes],
-        }
-        position += tensor.nbytes
+    for name in order:
+        dtype, shape = described[name]
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
-
-    with atomic_file(file) as temporary, temporary.open("wb") as out:
-        out.write(struct.pack("<Q", len(encoded)))
-        out.write(encoded)
-        for tensor in ordered:
-            _copy(tensor, out)
+    out.write(struct.pack("<Q", len(encoded)))
+    out.write(encoded)
+    return order
 
 
 def _copy(tensor: StoredTensor, out: BinaryIO) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from signbit.calibration.text import read_text
+from signbit.calibration import text as texts
+from signbit.calibration.text import read_text, stream_text
 from signbit.errors import SignbitError
 
 
@@ -72,6 +73,18 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path, row: str, problem: str) 
     file = tmp_path / "a.jsonl"
     file.write_text(f'{{"text": "fine"}}\n\n{row}\n')
     refuse(file, f"{file}, line 3: ", problem)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_streamed_text_is_the_same_text(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / name
+    rows = [json.dumps({"text": f"row {number}\nof a file"}) for number in range(40)]
+    file.write_bytes("\r\n".join(rows).encode())
+    assert list(stream_text(str(file))) == [read_text(str(file), "train")]
+    monkeypatch.setattr(texts, "PIECE", 50)
+    pieces = list(stream_text(str(file)))
+    assert len(pieces) > 10
+    assert "".join(pieces) == read_text(str(file), "train")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +161,8 @@ class TestDatasets:
             "    if streaming:\n"
             "        assert ('validation' in data_files[split]) == (split == 'test')\n"
             "        return Stream([{'text': 'one'}, {'text': 'two'}])\n"
-            "    return {'text': ['one', '', 'two'], 'sentence': ['one', 'two']}\n"
+            "    if path.startswith('ptb'):\n"
+            "        return [{'sentence': 'one'}, {'sentence': 'two'}]\n"
+            "    return [{'text': 'one'}, {'text': ''}, {'text': 'two'}]\n"
         )
         assert read_text(name, split) == expected

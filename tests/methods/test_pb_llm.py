@@ -191,6 +191,25 @@ def test_just_as_many_are_salient_as_asked(fraction: float, metric: str) -> None
         assert layout.spec.salient == sum(counts)
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("size", [0, 32])
+def test_two_tails_are_the_lowest_and_highest_values_of_the_matrix(fraction: float, size: int) -> None:
+    weight = random_weight(20, 72) + 0.3
+    found = salient_of(quantize(weight, salient_fraction=fraction, salience="two-tails", group_size=size))
+    half_of_them, order = round(fraction / 2 * 1440), weight.flatten().argsort()
+    wanted = torch.zeros(1440, dtype=torch.bool)
+    wanted[order[:half_of_them]] = True
+    wanted[order[1440 - half_of_them :]] = True
+    assert torch.equal(found, wanted.view(20, 72))
+
+
+@pytest.mark.parametrize("fraction", [0.1, 1.0])
+def test_two_tails_of_equal_weights_are_just_as_many(fraction: float) -> None:
+    for weight in (torch.ones(20, 72), torch.zeros(20, 72)):
+        layout = quantize(weight, salient_fraction=fraction, salience="two-tails")
+        assert layout.spec.salient == round(fraction * 1440)
+
+
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 

@@ -11,14 +11,15 @@ from transformers import PreTrainedConfig
 from signbit.errors import SignbitError
 
 
-def tokenize(tokenizer: Any, text: str, config: PreTrainedConfig) -> Tensor:
-    """All of ``text`` as one sequence of ids [tokens], with what special tokens the tokenizer adds by default.
+def tokenize(tokenizer: Any, text: str, config: PreTrainedConfig, *, special: bool = True) -> Tensor:
+    """All of ``text`` as one sequence of ids [tokens], with what special tokens the tokenizer adds by default, or none.
 
     SignbitError if the tokenizer is not the model's: if it knows ids that the model of ``config`` does not.
     """
     try:
         # verbose=False: the whole text is longer than any context, which is no reason to warn.
-        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+        ids = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
+        tokens = torch.tensor(ids, dtype=torch.int64)
     except (TypeError, UnicodeError) as error:
         raise SignbitError(f"the text cannot be tokenized: it is not valid Unicode ({error})") from error
     size = config.get_text_config().vocab_size

@@ -44,11 +44,13 @@ class LayoutSpec:
     """Base of every layout's spec.
 
     shape: (out features, in features) of the matrix that is replaced. bias: whether a bias correction is kept with it,
-    a bfloat16 vector [out] that is added to the product and counts as part of the compressed matrix.
+    a bfloat16 vector [out] that is added to the product and counts as part of the compressed matrix. norm: whether the
+    product is normalised, each token's outputs to mean 0 and variance 1, before anything is added (OneBit's LayerNorm).
     """
 
     shape: tuple[int, int]
     bias: bool = field(default=False, kw_only=True)
+    norm: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or not all(is_count(length) for length in self.shape):
@@ -71,9 +73,8 @@ class LayoutSpec:
 
     def to_dict(self) -> dict[str, Any]:
         fields = {**dataclasses.asdict(self), "shape": list(self.shape)}
-        if not self.bias:
-            del fields["bias"]
-        return fields
+        # Seldom there, and left out where they are not.
+        return {key: value for key, value in fields.items() if value or key not in ("bias", "norm")}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LayoutSpec:
@@ -128,8 +129,14 @@ class Layout(nn.Module):
 
     def with_bias(self, bias: Tensor) -> Layout:
         """This layout with a bias correction [out]."""
+        if self.spec.norm:
+            raise SignbitError("bias_correction is of products, which norm changes: set one of the two to false")
         tensors = dict(self.named_buffers()) | {"bias": bias.to(torch.bfloat16)}
         return type(self)(dataclasses.replace(self.spec, bias=True), tensors)
+
+    def with_norm(self) -> Layout:
+        """This layout with its products normalised."""
+        return type(self)(dataclasses.replace(self.spec, norm=True), dict(self.named_buffers()))
 
     def dequantize(self, rows: slice = slice(None)) -> Tensor:
         """The matrix (or some of its rows) in float32, exactly as the method decided on it."""

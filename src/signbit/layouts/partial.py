@@ -188,6 +188,11 @@ class Partial(Layout):
         )
         return values.view(-1, m)[start - top : stop - top : step]
 
+    def salient_places(self) -> Tensor:
+        """Where the salient weights are, as i m + j in the order of their codes: int64, ascending."""
+        strip, place, _ = self._salient(0, len(self.ends))
+        return place + strip * (STRIP_ROWS * self.spec.shape[1])
+
     def check(self, name: str) -> None:
         ends = self.ends.long()
         counts = [self.spec.salient, self.spec.gaps][: ends.shape[1]]

@@ -4,6 +4,8 @@ A few salient weights of a matrix, wherever they are, keep 8 bits; the rest is b
 
 1. Salience (section 3.2.1). s_ij = |w_ij| or w_ij^2 / U_jj^2. In each group of columns the ``salient_fraction`` of its
    weights with the largest salience, over all rows together, is salient. Exactly so many: ties go to the first.
+   ``two-tails`` is the choice of the paper's training code: of the whole matrix, half that share of lowest values and
+   half of highest.
 2. Salient weights. Affine codes, evenly spaced over the range of the whole row:
        step = (max_j w_ij - min_j w_ij) / (2^bits - 1)
        w ~ step s (q + 1/2) + (max + min) / 2               s = +-1,  q = 0 .. 2^(bits - 1) - 1
@@ -62,8 +64,12 @@ _NARROWEST = 0.4
 class PBLLMOptions(SweepOptions):
     mean: bool = Field(True, description="store a mean beside every scale, and the middle of every range of codes")
     feedback: Feedback = Field("column", description="how the sweep passes a group's error on")
-    salience: Literal["hessian", "magnitude", "error"] = Field("hessian", description="what makes a weight salient")
-    salient_fraction: float = Field(0.1, ge=0, le=1, description="share of each group's weights that is salient")
+    salience: Literal["hessian", "magnitude", "error", "two-tails"] = Field(
+        "hessian", description="what makes a weight salient; two-tails: the matrix's lowest and highest values"
+    )
+    salient_fraction: float = Field(
+        0.1, ge=0, le=1, description="share of each group's weights that is salient; of the matrix's for two-tails"
+    )
     code_bits: int = Field(8, ge=2, le=MAX_CODE_BITS, description="bits of a salient weight, sign included")
     code_scope: Literal["row", "group"] = Field(
         "row",
@@ -148,9 +154,24 @@ class PartialCode:
         self.__post_init__()
 
 
+def find_all_salient(weight: Tensor, diagonal: Tensor, size: int, options: PBLLMOptions) -> Tensor:
+    """Step 1: bool [n, m], for groups of ``size`` columns, 0 for one group."""
+    if options.salience == "two-tails":
+        return two_tails(weight, options.salient_fraction)
+    groups = zip(*(x.split(size or weight.shape[1], dim=-1) for x in (weight, diagonal)), strict=True)
+    return torch.cat([find_salient(block, part, options) for block, part in groups], dim=1)
+
+
+def two_tails(weight: Tensor, fraction: float) -> Tensor:
+    """The lowest and the highest weights, each half of this fraction; bool like ``weight``."""
+    low = most(-weight, fraction / 2)
+    # The other half is of what is left, so that equal weights are not counted twice.
+    return low | most(weight.masked_fill(low, -torch.inf), fraction / 2)
+
+
 def find_salient(weight: Tensor, diagonal: Tensor, options: PBLLMOptions) -> Tensor:
     """Step 1 for one group [n, k], whose columns have U_jj = ``diagonal`` [k]; bool [n, k]."""
-    if options.salience != "error":
+    if options.salience in ("hessian", "magnitude"):
         return most(salience(weight, diagonal, options.salience), options.salient_fraction)
     salient = torch.zeros_like(weight, dtype=torch.bool)
     for _ in range(_ERROR_ROUNDS):
@@ -213,8 +234,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: PBLLMOptions) -> Pa
     weight = weight * ~factor.dead
     diagonal = factor.upper.diagonal()
     with phase("search"):
-        groups = zip(*(x.split(size or weight.shape[1], dim=-1) for x in (weight, diagonal)), strict=True)
-        salient = torch.cat([find_salient(block, part, options) for block, part in groups], dim=1)
+        salient = find_all_salient(weight, diagonal, size, options)
     of_rows = None
     if options.code_scope == "row":
         with phase("fit"):

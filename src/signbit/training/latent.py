@@ -1,40 +1,40 @@
 """Linears in training: real-valued latent weights behind a packed layout.
 
-A latent linear is made from a packed matrix (what a method decided on: the start) and the original weight, computes with
-exactly the matrix that its latents would be packed as, and is packed at the end in the layout that it came from. So
-whatever layout has a latent form can be trained, whichever method decided on it:
+A latent linear is made from a packed matrix (what a method decided on: the start) and the original weight, computes
+with exactly the matrix that its latents would be packed as, and is packed at the end in the layout that it came from.
+So whatever layout has a latent form can be trained, whichever method decided on it:
 
     packed layout --latent_of--> LatentLinear --train--> LatentLinear --pack--> packed layout
 """
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
 
-from signbit.layouts import Layout
+from torch import Tensor
+
+from signbit.errors import SignbitError
+from signbit.layouts import Layout, Partial, SignPlanes
+from signbit.training.linear import LatentLinear
+from signbit.training.options import TrainingOptions
+from signbit.training.partial import LatentPartial
+from signbit.training.sign_planes import LatentSignPlanes
+
+__all__ = ["LATENT_FORMS", "LatentLinear", "latent_of"]
+
+LATENT_FORMS: dict[str, Callable[..., LatentLinear]] = {
+    SignPlanes.kind: LatentSignPlanes,
+    Partial.kind: LatentPartial,
+}
 
 
-class LatentLinear(nn.Module):
-    """``y = x W^T + b`` with W = ``weight()``, the matrix that :meth:`pack` stores, to the bit.
+def latent_of(packed: Layout, weight: Tensor, bias: Tensor | None, options: TrainingOptions) -> LatentLinear:
+    """The latent linear that starts as ``packed``.
 
-    Parameters that require gradients are trained, all float32; everything else is a buffer. ``latents()`` and
-    ``scales()`` partition the trained ones, for their learning rates.
+    weight: the original one, float32 [out, in]; bias: the module's own. SignbitError for a layout or options that
+    cannot be trained.
     """
-
-    bias: nn.Parameter | None
-
-    def latents(self) -> list[nn.Parameter]:
-        raise NotImplementedError
-
-    def scales(self) -> list[nn.Parameter]:
-        raise NotImplementedError
-
-    def weight(self) -> Tensor:
-        """[out, in] float32, differentiable."""
-        raise NotImplementedError
-
-    def pack(self) -> Layout:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    if packed.kind not in LATENT_FORMS:
+        known = " and ".join(LATENT_FORMS)
+        raise SignbitError(f"layout {packed.kind} cannot be trained, {known} can: take a method that decides on those")
+    return LATENT_FORMS[packed.kind](packed, weight, bias, options)

@@ -14,11 +14,18 @@ class TrainingOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # How long, on what
+    # How long, from where, on what
+    start: str | None = Field(
+        None, description="a checkpoint to start from; by default what the method makes of the model"
+    )
     steps: int = Field(1000, ge=1, description="optimizer steps")
     batch: int = Field(8, ge=1, description="sequences of seqlen tokens in a step, over all processes")
     micro_batch: int = Field(4, ge=1, description="sequences that go through the model at once, in each process")
     heldout: int = Field(8, ge=0, description="sequences kept back from the text, for the perplexity while training")
+
+    self_tokens: int = Field(
+        1_000_000, ge=1, description="calib: self: tokens that the model writes, at most as many as the steps need"
+    )
 
     # What is learned
     latent: Literal["constant", "weights"] = Field(
@@ -26,24 +33,28 @@ class TrainingOptions(BaseModel):
     )
     latent_scale: Positive = Field(0.01, description="the latent weights' mean magnitude at the start")
     straight_through: Literal["identity", "tanh", "clip"] = Field(
-        "tanh", description="the gradient that the sign of a latent weight w is given: 1, 1.001 - tanh(w)^2, or |w| <= 1"
+        "tanh", description="the gradient of a latent weight w's sign: 1, 1.001 - tanh(w)^2, or |w| <= 1"
     )
     scales: Literal["learned", "optimal", "fixed"] = Field(
-        "learned", description="scales and means: trained, recomputed from the latent weights each step, or as they are"
+        "learned",
+        description="scales: trained, the best for the latent weights in each step, or fixed; "
+        "means and bias corrections are trained unless fixed",
     )
     freeze_salient: bool = Field(True, description="salient weights stay as they are at the start")
 
     # The loss, each term a mean per token
     kl: float = Field(1.0, ge=0, description="weight of KL(teacher || student) of the next token's distribution")
-    hidden: float = Field(1.0, ge=0, description="weight of the squared distance of normalised hidden states, summed over blocks")
+    hidden: float = Field(
+        1.0, ge=0, description="weight of the squared distance of unit hidden states, summed over blocks"
+    )
     lm: float = Field(0.0, ge=0, description="weight of the text's own cross entropy")
-    teacher_cache: bool = Field(False, description="keep the teacher's hidden states on disk: text is seen more than once")
+    teacher_cache: bool = Field(False, description="keep the teacher's states on disk, for text that is seen often")
 
     # The optimizer: AdamW
     lr: Positive = Field(1e-4, description="peak learning rate of latent weights")
     scale_lr: Positive | None = Field(None, description="of scales and means; by default lr")
     betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of latent weights, as a fraction of the learning rate")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate after the warm-up")
     clip: float = Field(1.0, ge=0, description="the norm that gradients are clipped to; 0: not at all")

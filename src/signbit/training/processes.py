@@ -1,0 +1,156 @@
+"""One training on several processes: who is who, what they agree on, and how the model is spread over them.
+
+Accelerate's PartialState opens the process group: it knows the launchers, picks NCCL or gloo and gives each process its
+device. The rest is torch's own: DDP, where every process holds all that is trained and gradients are averaged, and
+FSDP2 (``sharding: full``), where latent weights, gradients and moments are cut over the processes and a block's are put
+together only while it runs. What is frozen, and the teacher, is whole in each process either way.
+
+Accelerate's Accelerator and transformers' Trainer are not used. The loss needs hidden states of two models and a head
+applied in pieces, snapshots must be exact and free of pickle, and at the end weights are packed, not saved; of a
+Trainer there would be left the loop, which is a page, and its global state, which outlives a call of a library.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from signbit.device import choose_device
+from signbit.errors import SignbitError
+
+T = TypeVar("T")
+
+# The first process may quantize for hours while the others wait for it.
+_PATIENCE = timedelta(days=7)
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Processes:
+    """The processes of this run; one, unless a launcher such as torchrun started more."""
+
+    def __init__(self, device: str) -> None:
+        self.device = choose_device(device)
+        self.rank, self.count = 0, int(os.environ.get("WORLD_SIZE", "1"))
+        if self.count > 1:
+            state = PartialState(cpu=self.device.type == "cpu", timeout=_PATIENCE)
+            self.device, self.rank = state.device, state.process_index
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """Do ``work`` on the first process, whose result this is, while the others wait and get None."""
+        if self.count == 1:
+            return work()
+        failed = torch.ones(1, device=self.device)
+        result = None
+        try:
+            if self.is_first:
+                result = work()
+                failed.zero_()
+        finally:
+            distributed.broadcast(failed, 0)
+        if failed.item():
+            raise SignbitError("stopped, as the first process was by an error that it names")
+        return result
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of each process's ``values``."""
+        if self.count > 1:
+            distributed.all_reduce(values)
+            values = values / self.count
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Each process's ``values`` [...], all of one shape, as [processes, ...]."""
+        if self.count == 1:
+            return values.unsqueeze(0)
+        gathered = [torch.empty_like(values) for _ in range(self.count)]
+        distributed.all_gather(gathered, values)
+        return torch.stack(gathered)
+
+
+def spread_model(model: nn.Module, blocks: list[nn.Module], processes: Processes, sharding: str) -> nn.Module:
+    """``model`` as it is to be called: its trained parameters averaged or sharded over the processes.
+
+    With sharding the parameters of ``model`` are replaced: take them from it afterwards.
+    """
+    if processes.count == 1:
+        return model
+    if sharding == "full":
+        _shard(model, blocks, processes)
+        return model
+    on_gpu = processes.device.type == "cuda"
+    return DistributedDataParallel(
+        model,
+        device_ids=[processes.device] if on_gpu else None,
+        broadcast_buffers=False,
+        # Experts that no token of a batch chose have no gradient.
+        find_unused_parameters=any(_has_experts(block) for block in blocks),
+    )
+
+
+def _shard(model: nn.Module, blocks: list[nn.Module], processes: Processes) -> None:
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Shard
+    except ImportError as error:
+        raise SignbitError(f"sharding: full needs torch 2.7 or newer, this is {torch.__version__}") from error
+    count = processes.count
+
+    def place(parameter: nn.Parameter) -> Shard:
+        """Latent weights have a dimension of planes, often of one: cut where all processes get a part."""
+        even = [dim for dim, size in enumerate(parameter.shape) if size % count == 0]
+        return Shard(even[0] if even else 0)
+
+    mesh = init_device_mesh(processes.device.type, (count,))
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    for part in [*blocks, model]:
+        fully_shard(part, mesh=mesh, shard_placement_fn=place, ignored_params=frozen)
+
+
+def _has_experts(block: nn.Module) -> bool:
+    return any(isinstance(module, nn.ModuleList) for module in block.modules())
+
+
+def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Around one of several backward passes of a step: DDP need not average before the ``last``."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return _without_sync(model)
+    return nullcontext()
+
+
+@contextmanager
+def _without_sync(model: DistributedDataParallel) -> Iterator[None]:
+    with model.no_sync():
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, as a whole; all processes must ask for it."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a whole ``tensor``, as ``parameter`` is cut."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)

@@ -1,0 +1,354 @@
+"""Training a model: from MODEL and a recipe with training keys to a checkpoint.
+
+    start      what ``quantize`` makes by the recipe without its training keys, or the checkpoint that ``start`` names
+    text       token windows on disk (data.py)
+    student    the start, its packed matrices replaced by latent ones; the teacher is MODEL as it is
+    loop       loop.py, from the last snapshot if there is one
+    finish     each latent matrix packed again, from the last snapshot, in the layout that it came from
+
+Everything is in ``OUT.partial`` until the finished checkpoint is renamed to ``OUT``, as when quantizing. With several
+processes the first does what is done once; the others wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from signbit import checkpoint
+from signbit.architectures import find_blocks
+from signbit.calibration.text import SELF, text_fingerprint
+from signbit.calibration.tokens import check_seqlen
+from signbit.errors import SignbitError
+from signbit.inference import open_model
+from signbit.journal import Journal
+from signbit.memory import return_free_memory
+from signbit.pipeline import already_finished, quantize, target_of
+from signbit.progress import Progress, Silent
+from signbit.recipe import Recipe
+from signbit.report.quantization import QuantizationReport
+from signbit.safetensors_file import files_of, write_text
+from signbit.source import Source, open_source, remove_workspaces, resolve
+from signbit.training import data, record, student
+from signbit.training.latent import LATENT_FORMS, LatentLinear
+from signbit.training.loop import Log, Loop, Trainable, accumulation_of, precision_of, uses_bfloat16
+from signbit.training.options import TrainingOptions
+from signbit.training.processes import Processes
+from signbit.training.record import Record
+from signbit.training.snapshot import Snapshot
+from signbit.training.states import Head, States, StatesOf
+from signbit.training.teacher import Cache, Teacher
+from signbit.version import __version__
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What :func:`train` returns: the report of the checkpoint, and the record of losses and held-out perplexities."""
+
+    report: QuantizationReport
+    record: Record
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The arguments of a run, settled."""
+
+    model: str
+    out: Path
+    recipe: Recipe
+    options: TrainingOptions
+    journal: Journal
+    processes: Processes
+    progress: Progress
+    trust_remote_code: bool
+    tensorboard: Path | None = None
+
+    @property
+    def start(self) -> Path:
+        return self.journal.start_directory if self.options.start is None else resolve(self.options.start)
+
+    @contextmanager
+    def source(self) -> Iterator[Source]:
+        with closing(open_source(self.model, trust_remote_code=self.trust_remote_code, beside=self.out)) as opened:
+            yield opened
+
+
+def train(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | dict[str, Any] | str | Path = "onebit",
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    tensorboard: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train MODEL's linears in the form that the recipe's method stores them in, and write a checkpoint to ``out``.
+
+    The arguments are those of :func:`signbit.quantize`; the recipe has training keys (training/options.py).
+    tensorboard: a directory for its logs. Started by torchrun or another launcher, the processes share the work.
+    Raises SignbitError for whatever the caller can put right, losses that are not finite among it.
+    """
+    processes = Processes(device)
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe(recipe) if isinstance(recipe, dict) else Recipe.load(str(recipe))
+    recipe = _from_start(recipe.for_model(str(model)))
+    options = recipe.training
+    if options is None:
+        raise SignbitError("the recipe has no training keys, such as steps: use signbit quantize, or add them")
+    target = target_of(out)
+    run = _Run(
+        model=str(model),
+        out=target,
+        recipe=recipe,
+        options=options,
+        journal=Journal(target),
+        processes=processes,
+        progress=(progress or Silent()) if processes.is_first else Silent(),
+        trust_remote_code=trust_remote_code,
+        tensorboard=None if tensorboard is None else Path(tensorboard),
+    )
+    _check(run)
+    try:
+        with run.journal.locked() if processes.is_first else nullcontext():
+            return _train(run, resume, overwrite)
+    except OSError as error:
+        raise SignbitError(
+            f"writing to {run.journal.directory} failed: {error.strerror or error}. "
+            "The last snapshot is kept: make room and use --resume"
+        ) from error
+
+
+def export_snapshot(
+    model: str | Path,
+    out: str | Path,
+    target: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Write the checkpoint ``target`` from the last snapshot of the unfinished training of ``out``, which may go on.
+
+    model: what is trained. recipe: by default the run's own; another is refused.
+    """
+    journal = Journal(target_of(out))
+    identity = journal.identity() if journal.exists else {}
+    found = Snapshot.of(journal.directory) if "steps" in identity.get("recipe", {}) else None
+    if found is None:
+        raise SignbitError(f"{journal.directory} holds no snapshot of a training: there is nothing to export yet")
+    known = Recipe(identity["recipe"])
+    if recipe is not None:
+        journal.check(identity | {"recipe": _from_start(recipe.for_model(str(model))).to_dict()})
+    assert known.training is not None
+    place = target_of(target)
+    run = _Run(
+        str(model), place, known, known.training, journal, Processes("cpu"), progress or Silent(), trust_remote_code
+    )
+    written = Journal(place)
+    checkpoint.check_target(place, written, resume=False, overwrite=overwrite)
+    with written.locked(), run.source() as source:
+        if source.fingerprint != identity["fingerprint"]:
+            raise SignbitError(f"{journal.directory} was begun from another model than {model}")
+        written.start({"export": str(journal.directory)})
+        report = _assemble(run, source, found, written)
+        checkpoint.publish(written, place)
+    return Trained(report, found.record)
+
+
+def _from_start(recipe: Recipe) -> Recipe:
+    """With ``start``, the method's options and what else says how matrices are stored are what that was made by."""
+    options = recipe.training
+    if options is None or options.start is None:
+        return recipe
+    found = checkpoint.read_recipe(resolve(options.start))
+    if found["method"] != recipe.method.name:
+        raise SignbitError(
+            f"start {options.start} was made by method {found['method']}, the recipe has {recipe.method.name}: "
+            f"give a recipe of {found['method']}"
+        )
+    made_by = {key: value for key, value in found.items() if key not in TrainingOptions.model_fields}
+    own = recipe.common.model_dump(mode="json", include={"calib", "seqlen", "seed"})
+    return Recipe({**made_by, **own, **options.model_dump(mode="json")})
+
+
+def _check(run: _Run) -> None:
+    """Refuse what can be seen without opening anything."""
+    layout = run.recipe.method.layout.kind
+    if layout not in LATENT_FORMS:
+        raise SignbitError(
+            f"method {run.recipe.method.name} decides on {layout}, which cannot be trained, "
+            f"{' and '.join(LATENT_FORMS)} can: take a method that decides on those"
+        )
+    accumulation_of(run.options, run.processes.count)
+    if not run.options.kl and not run.options.hidden and not run.options.lm:
+        raise SignbitError("there is nothing to train for: give kl, hidden or lm a weight")
+    if run.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
+        raise SignbitError("the log needs tensorboard: pip install 'signbit[log]', or train without --tensorboard")
+    paths = [run.out, run.journal.directory]
+    for given in (run.model, *filter(None, [run.options.start])):
+        if any(resolve(given).resolve().is_relative_to(path) for path in paths):
+            raise SignbitError(f"{given} lies in {run.out}, which is to be written: choose another directory")
+
+
+def _train(run: _Run, resume: bool, overwrite: bool) -> Trained:
+    processes, journal = run.processes, run.journal
+    finished = processes.first(lambda: _prepare(run, resume, overwrite))
+    if processes.is_first and finished is not None:
+        return finished
+    if run.out.exists() and not journal.exists:  # it was finished
+        return _read(run.out)
+    found = Snapshot.of(journal.directory)
+    if found is None or found.record.steps < run.options.steps:
+        _learn(run, found)
+        return_free_memory()
+    return processes.first(lambda: _finish(run)) or _read(run.out)
+
+
+def _prepare(run: _Run, resume: bool, overwrite: bool) -> Trained | None:
+    """Everything up to the start and the text, by the first process; what there is if nothing is left to be done."""
+    journal = run.journal
+    checkpoint.check_target(run.out, journal, resume=resume, overwrite=overwrite)
+    remove_workspaces(run.out)
+    with run.source() as source:
+        check_seqlen(source.config, run.recipe.common.seqlen)
+        identity = _identity(run, source)
+        if resume and run.out.exists() and not overwrite:
+            report = already_finished(run.out, identity)
+            journal.discard()
+            return Trained(report, _read(run.out).record)
+        if resume and journal.exists:
+            journal.check(identity)
+            run.progress.note(f"resuming from {journal.directory}")
+        else:
+            journal.start(identity)
+        if run.recipe.common.calib != SELF:
+            data.store_text(
+                journal.directory, str(run.recipe.common.calib), source.tokenizer, source.config, run.recipe
+            )
+    if run.options.start is None:
+        quantize(
+            run.model,
+            journal.start_directory,
+            run.recipe.without_training(),
+            device=run.processes.device.type,
+            resume=True,
+            trust_remote_code=run.trust_remote_code,
+            progress=run.progress,
+        )
+    if not (journal.directory / data.FILE).exists():
+        writer, _ = open_model(run.model, device=run.processes.device.type, trust_remote_code=run.trust_remote_code)
+        data.write_text(journal.directory, writer, run.recipe, run.progress)
+    return None
+
+
+def _identity(run: _Run, source: Source) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    start = hashlib.sha256()
+    if run.options.start is not None:
+        report = QuantizationReport.read(run.start)
+        if report is not None and report.fingerprint != source.fingerprint:
+            raise SignbitError(f"start {run.options.start} was not made from {run.model}: give one that was")
+        for file in [run.start / "config.json", *files_of(run.start)]:
+            with file.open("rb") as stream:
+                start.update(hashlib.file_digest(stream, "sha256").digest())
+    return {
+        "recipe": run.recipe.to_dict(),
+        "fingerprint": source.fingerprint,
+        "text": text_fingerprint(str(run.recipe.common.calib)),
+        "start": start.hexdigest(),
+        "device": run.processes.device.type,
+        "signbit": __version__,
+    }
+
+
+def _learn(run: _Run, found: Snapshot | None) -> None:
+    """Train, from a snapshot or the start, to the last snapshot."""
+    options, processes, common = run.options, run.processes, run.recipe.common
+    device = processes.device
+    windows = data.Windows(run.journal.directory, common.seqlen, options.heldout, common.seed)
+    with run.source() as source:
+        model = student.make_student(run.start, source, options, device, run.trust_remote_code)
+        blocks = find_blocks(source.skeleton)[0]
+    if found is not None:
+        found.restore("", model)
+    dtype = torch.bfloat16 if uses_bfloat16(options, device) else torch.float32
+    states = StatesOf(model, blocks, hidden=options.hidden > 0, checkpointing=options.gradient_checkpointing)
+    probe = windows.ids([0])[:, :8].to(device)
+    Head(model, torch.float32).check(states, probe)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    scales = {id(one) for module in model.modules() if isinstance(module, LatentLinear) for one in module.scales()}
+    trainable = Trainable(
+        states, Head(model, dtype), parameters, {name for name, one in parameters.items() if id(one) in scales}
+    )
+    teacher = _teacher(run, windows, blocks, dtype) if options.kl or options.hidden else None
+    with _logging(run.tensorboard if processes.is_first else None) as log:
+        loop = Loop(trainable, teacher, windows, options, processes, run.journal.directory, run.progress, log)
+        loop.run(found)
+
+
+def _teacher(run: _Run, windows: data.Windows, blocks: str, dtype: torch.dtype) -> Teacher:
+    device, options = run.processes.device, run.options
+    model, _ = open_model(run.model, device=device.type, trust_remote_code=run.trust_remote_code)
+    model = model.to(dtype).requires_grad_(False)
+    states = StatesOf(model, blocks, hidden=options.hidden > 0)
+    cache = None
+    if options.teacher_cache:
+        with torch.no_grad():
+            hidden, last = states(windows.ids([0])[:, :2].to(device))
+        cache = Cache(
+            run.journal.directory, windows.count, States(hidden, last if options.kl else None), windows.seqlen
+        )
+    return Teacher(states, Head(model, dtype), precision_of(options, device), cache)
+
+
+@contextmanager
+def _logging(directory: Path | None) -> Iterator[Log | None]:
+    if directory is None:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with closing(SummaryWriter(str(directory))) as writer:
+        yield writer.add_scalar
+
+
+# Packing -------------------------------------------------------------------------------------------------------------
+
+
+def _finish(run: _Run) -> Trained:
+    found = Snapshot.of(run.journal.directory)
+    assert found is not None
+    with run.source() as source:
+        report = _assemble(run, source, found, run.journal)
+    checkpoint.publish(run.journal, run.out)
+    return Trained(report, found.record)
+
+
+def _assemble(run: _Run, source: Source, found: Snapshot, journal: Journal) -> QuantizationReport:
+    """Put the checkpoint of a snapshot together in the staging directory of ``journal``."""
+    packed, errors = {}, {}
+    for name, layout, error in student.pack_trained(run.start, source, run.options, found):
+        packed[name], errors[name] = layout, error
+    report = student.retrained_report(run.start, source, packed, errors)
+    checkpoint.assemble_retrained(run.start, packed, run.recipe, journal, report)
+    write_text(journal.staging / record.FILE, found.record.to_json() + "\n")
+    return report
+
+
+def _read(out: Path) -> Trained:
+    """What is known of a finished checkpoint."""
+    report, file = QuantizationReport.read(out), out / record.FILE
+    if report is None or not file.is_file():
+        raise SignbitError(f"{out} is a finished checkpoint that was not trained here: use --overwrite")
+    return Trained(report, Record.from_json(file.read_text(encoding="utf-8"), file))

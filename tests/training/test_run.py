@@ -1,0 +1,360 @@
+"""Training from the model to the checkpoint: what is trained, stopped, resumed, written out, and refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import signbit
+from signbit import Recipe, SignbitError
+from signbit.cli import main
+from signbit.training import loop
+from signbit.training.run import Trained
+
+MakeDir = Callable[..., Path]
+Capture = pytest.CaptureFixture[str]
+# A few steps, with everything on: two kinds of scales, all three losses, accumulation, two epochs and a bit.
+SMALL: dict[str, Any] = {
+    "method": "onebit",
+    "norm": False,
+    "samples": 0,
+    "seqlen": 32,
+    "steps": 12,
+    "batch": 4,
+    "micro_batch": 2,
+    "heldout": 3,
+    "lr": 1e-3,
+    "warmup": 2,
+    "lm": 0.1,
+    "weight_decay": 0.01,
+    "snapshot_every": 5,
+    "evaluate_every": 6,
+}
+
+
+def recipe(text: Path, **keys: Any) -> Recipe:
+    return Recipe({**SMALL, "calib": str(text), **keys})
+
+
+def train(model: Path, out: Path, text: Path, **keys: Any) -> Trained:
+    options = {key: keys.pop(key) for key in ("resume", "overwrite") if key in keys}
+    return signbit.train(model, out, recipe(text, **keys), device="cpu", **options)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+
+
+def command(model: Path, out: Path, text: Path, **keys: Any) -> list[str]:
+    fields = {**SMALL, "calib": str(text), **keys}
+    del fields["method"]
+    settings = [word for key, value in fields.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    file = out.with_name("recipe.yaml")
+    file.write_text("method: onebit\n")
+    return ["train", str(model), "--out", str(out), "--recipe", str(file), "--device", "cpu", *settings]
+
+
+def start(arguments: list[str], *launcher: str) -> subprocess.Popen[str]:
+    program = [*(launcher or (sys.executable,)), "-m", "signbit", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(program, text=True, stderr=subprocess.PIPE, env=environment)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dir: MakeDir, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
+    """An undisturbed run on one thread, as those in processes of their own are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        out = tmp_path_factory.mktemp("trained") / "out"
+        return train(tiny_dir("llama"), out, text_file), out
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- what works -------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    found = train(tiny_dir("llama"), tmp_path / "out", text_file, steps=40, lr=1e-4, scale_lr=1e-2, lm=0.0).record
+    first, last = (sum(step["loss"] for step in part) for part in (found.losses[:5], found.losses[-5:]))
+    assert last < 0.9 * first
+    assert found.steps == 40
+
+
+def test_the_checkpoint_is_packed_and_says_how_it_was_made(
+    trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path
+) -> None:
+    result, out = trained
+    found = signbit.inspect(out)
+    assert found["method"] == "onebit"
+    assert found["recipe"] == recipe(text_file).to_dict()
+    assert Recipe(found["recipe"]).training == recipe(text_file).training
+    assert found["quantized_weights"] == sum(layer.shape[0] * layer.shape[1] for layer in result.report.layers)
+    assert all(layer["output_error"] is None and layer["weight_error"] > 0 for layer in found["layers"])
+    stored = load_file(out / "model.safetensors")
+    linears = {layer["name"] for layer in found["layers"]}
+    assert not [name for name in stored if name.removesuffix(".weight") in linears]
+    assert all(tensor.dtype != torch.float32 for name, tensor in stored.items() if ".packed." in name)
+    kept = json.loads((out / "signbit_training.json").read_text())
+    assert len(kept["losses"]) == 12
+    assert [step for step, _ in kept["heldout"]] == [0, 6, 12]
+    assert kept["losses"][0].keys() == {"loss", "kl", "lm", "hidden", "gradient"}
+    assert not out.with_name("out.partial").exists()
+
+
+def test_what_is_trained_is_what_is_packed(trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path) -> None:
+    """The packed model's perplexity on the held-out windows is the training graph's."""
+    result, out = trained
+    model, tokenizer = signbit.load(out)
+    tokens = torch.tensor(tokenizer(text_file.read_text())["input_ids"])
+    count = min(len(tokens), (12 * 4 + 3) * 32) // 32
+    cut = tokens[: count * 32].view(count, 32)
+    heldout = cut[[(2 * i + 1) * count // 6 for i in range(3)]]
+    with torch.no_grad():
+        logits = model(heldout).logits[:, :-1].double()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), heldout[:, 1:].flatten())
+    assert result.record.heldout[-1][1] == pytest.approx(float(loss.exp()), rel=1e-5)
+
+
+def test_save_pretrained_writes_it_back(trained: tuple[Trained, Path], tmp_path: Path) -> None:
+    _, out = trained
+    model, _ = signbit.load(out, dtype="auto")
+    model.save_pretrained(tmp_path / "again")
+    again = contents(tmp_path / "again")
+    assert again["model.safetensors"] == contents(out)["model.safetensors"]
+    assert json.loads(again["config.json"]) == json.loads(contents(out)["config.json"])
+
+
+def test_pb_llm_from_a_checkpoint_with_experts(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    """Starts from a PTQ checkpoint, biases and experts included; its salient weights stay what they are."""
+    model = tiny_dir("qwen3_moe")
+    ptq = {"method": "pb-llm", "group_size": 0, "samples": 8, "seqlen": 32, "calib": str(text_file)}
+    signbit.quantize(model, tmp_path / "ptq", Recipe(ptq), device="cpu")
+    keys = {**SMALL, **ptq, "start": str(tmp_path / "ptq"), "scales": "optimal", "steps": 3, "lr": 0.2}
+    del keys["norm"]
+    result = signbit.train(model, tmp_path / "out", Recipe(keys), device="cpu")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("ptq", "out"))
+    assert before.keys() == after.keys()
+    frozen = ("positions", "ends", "codes", "code_scales")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name.endswith(frozen))
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items() if name.endswith("signs"))
+    assert len(result.report.layers) == len(signbit.inspect(tmp_path / "ptq")["layers"])
+    assert signbit.inspect(tmp_path / "out")["bits_per_weight"] == signbit.inspect(tmp_path / "ptq")["bits_per_weight"]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "opt_projected", "qwen3"])
+def test_other_families(family: str, tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    """Capped logits, transposed linears, projections around the blocks, tied embeddings stored as integers."""
+    keys: dict[str, Any] = {"steps": 2, "teacher_cache": True, "gradient_checkpointing": True, "heldout": 1}
+    keys |= {"embeddings": "int8"} if family == "qwen3" else {}
+    result = train(tiny_dir(family), tmp_path / "out", text_file, **keys)
+    assert result.record.steps == 2
+    signbit.load(tmp_path / "out")
+
+
+def test_self_written_text(tiny_dir: MakeDir, tmp_path: Path) -> None:
+    keys = {**SMALL, "calib": "self", "self_tokens": 20 * 32, "steps": 3}
+    record = signbit.train(tiny_dir("llama"), tmp_path / "out", Recipe(keys), device="cpu").record
+    assert record.steps == 3
+
+
+def test_bfloat16_is_close(trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    found = train(tiny_dir("llama"), tmp_path / "out", text_file, precision="bfloat16").record
+    for step, wanted in zip(found.losses, trained[0].record.losses, strict=True):
+        assert step["loss"] == pytest.approx(wanted["loss"], rel=0.05)
+
+
+def test_checkpointing_and_the_cache_change_nothing_much(
+    trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path, tmp_path: Path
+) -> None:
+    keys = {"gradient_checkpointing": True, "teacher_cache": True, "micro_batch": 4}
+    found = train(tiny_dir("llama"), tmp_path / "out", text_file, **keys).record
+    for step, wanted in zip(found.losses, trained[0].record.losses, strict=True):
+        assert step["loss"] == pytest.approx(wanted["loss"], rel=2e-3)
+
+
+# --- stopped and resumed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_killed_and_resumed_ends_in_the_same_bytes(
+    cache: bool, trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path, tmp_path: Path
+) -> None:
+    model, out = tiny_dir("llama"), tmp_path / "out"
+    arguments = command(model, out, text_file, teacher_cache=cache)
+    wanted = trained[1]
+    if cache:
+        wanted = tmp_path / "wanted"
+        assert start(command(model, wanted, text_file, teacher_cache=True)).wait(120) == 0
+        arguments = command(model, out, text_file, teacher_cache=True)
+    process = start(arguments)
+    snapshot = out.with_name("out.partial") / "snapshot.safetensors"
+    limit = time.monotonic() + 100
+    while not snapshot.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    resumed = start([*arguments, "--resume"])
+    assert resumed.wait(120) == 0, resumed.communicate()[1]
+    assert contents(out) == contents(wanted)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.Loop._step
+
+    def counted(self: Any, number: int) -> None:
+        if number == step:
+            raise StoppedError
+        original(self, number)
+
+    monkeypatch.setattr(loop.Loop, "_step", counted)
+
+
+@pytest.fixture
+def stopped(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A run that was stopped after seven steps."""
+    model, out = tiny_dir("llama"), tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(7, patch)
+        with pytest.raises(StoppedError):
+            train(model, out, text_file)
+    return model, out
+
+
+def test_export_in_mid_run(stopped: tuple[Path, Path], text_file: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The export is of the last snapshot, loads, trains on, and leaves the run as it was."""
+    model, out = stopped
+    before = contents_below(out.with_name("out.partial"))
+    assert main(["train", str(model), "--out", str(out), "--export", str(tmp_path / "other")]) == 0
+    assert contents_below(out.with_name("out.partial")) == before
+    kept = json.loads((tmp_path / "other" / "signbit_training.json").read_text())
+    assert len(kept["losses"]) == 5
+    signbit.load(tmp_path / "other")
+    train(model, tmp_path / "on", text_file, start=str(tmp_path / "other"), steps=1)
+    with pytest.raises(SignbitError, match=r"seed=1 \(not 0\)|seed=0 \(not 1\)"):
+        signbit.export_snapshot(model, out, tmp_path / "third", recipe(text_file, seed=1))
+    assert main(["train", str(model), "--out", str(tmp_path / "no"), "--export", str(tmp_path / "third")]) == 2
+    assert "nothing to export" in capsys.readouterr().err
+
+
+def contents_below(directory: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+
+
+def test_resuming_another_run_is_refused(stopped: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
+    model, out = stopped
+    with pytest.raises(SignbitError, match=r"was begun with lr=0.001 \(not 0.01\)"):
+        train(model, out, text_file, lr=0.01, resume=True)
+    with pytest.raises(SignbitError, match="holds an interrupted run"):
+        train(model, out, text_file)
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text() + "More.")
+    renamed = shutil.copy(other, tmp_path / "text.txt")
+    with pytest.raises(SignbitError, match="was begun with"):
+        train(model, out, Path(renamed), resume=True)
+
+
+def test_resuming_a_finished_run_does_nothing(
+    trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path
+) -> None:
+    result, out = trained
+    before = contents(out)
+    again = train(tiny_dir("llama"), out, text_file, resume=True)
+    assert again.record == result.record
+    assert contents(out) == before
+    with pytest.raises(SignbitError, match="already exists"):
+        train(tiny_dir("llama"), out, text_file)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing to train for": ({"kl": 0, "hidden": 0, "lm": 0}, "nothing to train for"),
+    "a batch that does not divide": ({"batch": 3}, r"batch 3 is no multiple of 2"),
+    "all held out": ({"heldout": 5000}, r"heldout keeps 5000 back: give a longer text"),
+    "sequences beyond the model's": ({"seqlen": 257}, "256 positions"),
+    "a layout without latents": (
+        {"method": "billm", "samples": 8},
+        r"split_planes, which cannot be trained.*sign_planes",
+    ),
+    "a start of another method": ({"method": "sign"}, "was made by method"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, tiny_dir: MakeDir, packed_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    keys, words = REFUSED[case]
+    fields = {**SMALL, "calib": str(text_file), **keys}
+    if fields["method"] != "onebit":
+        del fields["norm"]
+    if case == "a start of another method":
+        fields["start"] = str(packed_dir("llama"))
+    with pytest.raises(SignbitError, match=words) as caught:
+        signbit.train(tiny_dir("llama"), tmp_path / "out", Recipe(fields), device="cpu")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantize_and_train_refuse_each_other_s_recipes(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(SignbitError, match="use signbit train"):
+        signbit.quantize(tiny_dir("llama"), tmp_path / "out", recipe(text_file))
+    with pytest.raises(SignbitError, match="use signbit quantize"):
+        signbit.train(tiny_dir("llama"), tmp_path / "out", "sign", device="cpu")
+
+
+def test_nan_stops_the_run_and_keeps_the_snapshot(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    original = loop.__dict__["distillation"]
+    calls = []
+
+    def poisoned(*arguments: Any) -> Any:
+        calls.append(1)
+        found = original(*arguments)
+        return found if len(calls) < 14 else type(found)(found.total * float("nan"), found.terms)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "distillation", poisoned)
+        with pytest.raises(SignbitError, match=r"step 7: the loss is nan; the snapshot of step 5 is kept") as caught:
+            train(tiny_dir("llama"), tmp_path / "out", text_file)
+    assert "--export" in str(caught.value)
+    found = train(tiny_dir("llama"), tmp_path / "out", text_file, resume=True).record
+    assert found.steps == 12
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes(
+    sharding: str, trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = command(tiny_dir("llama"), out, text_file, sharding=sharding)
+    process = start(arguments, *launcher)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    found = json.loads((out / "signbit_training.json").read_text())
+    for step, wanted in zip(found["losses"], trained[0].record.losses, strict=True):
+        assert step == pytest.approx(wanted, rel=1e-3)
+    for (_, perplexity), (_, wanted_perplexity) in zip(found["heldout"], trained[0].record.heldout, strict=True):
+        assert perplexity == pytest.approx(wanted_perplexity, rel=1e-3)
