@@ -69,9 +69,7 @@ class Recipe:
         self.method: Method = METHODS[name]
         options = self.method.options
         common = {key: fields.pop(key) for key in list(fields) if key in CommonOptions.model_fields}
-        # The method's own first: rtn and gptq, whose layout cannot be trained, have a key that the training has too.
-        trained = TrainingOptions.model_fields.keys() - options.model_fields.keys()
-        training = {key: fields.pop(key) for key in list(fields) if key in trained}
+        training = {key: fields.pop(key) for key in list(fields) if key in TrainingOptions.model_fields}
         for key in fields:
             if key not in options.model_fields:
                 known = ["method", *CommonOptions.model_fields, *options.model_fields, *TrainingOptions.model_fields]

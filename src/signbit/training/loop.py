@@ -106,7 +106,7 @@ class Loop:
                 for name, value in self._backward(own).items():
                     sums[name] = sums.get(name, 0) + value / self.accumulation
         trained = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = nn.utils.clip_grad_norm_(trained, self.options.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(trained, self.options.max_grad_norm or math.inf)
         means = self.processes.mean(torch.stack(list(sums.values()))).tolist()
         self.record.losses.append({**dict(zip(sums, means, strict=True)), "gradient": float(whole(norm))})
         if math.isfinite(self.record.losses[-1]["loss"]) and math.isfinite(self.record.losses[-1]["gradient"]):
@@ -152,7 +152,7 @@ class Loop:
             f"the snapshot of step {kept} is kept: write it out with --export DIR and train on from it with --set "
             "start=DIR and a lower lr"
             if kept
-            else "there is no snapshot yet: start again with a lower lr, more warmup or clip"
+            else "there is no snapshot yet: start again with a lower lr, more warmup or a smaller max_grad_norm"
         )
         raise SignbitError(f"step {self.record.steps}: {trouble}; {how}")
 

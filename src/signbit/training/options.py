@@ -57,7 +57,7 @@ class TrainingOptions(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="of latent weights, as a fraction of the learning rate")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate after the warm-up")
-    clip: float = Field(1.0, ge=0, description="the norm that gradients are clipped to; 0: not at all")
+    max_grad_norm: float = Field(1.0, ge=0, description="the norm that gradients are clipped to; 0: not at all")
 
     # How it runs
     precision: Literal["auto", "float32", "bfloat16"] = Field(

@@ -12,8 +12,6 @@ processes the first does what is done once; the others wait for it.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import torch
 
 from signbit import checkpoint
 from signbit.architectures import find_blocks
-from signbit.calibration.text import SELF, text_fingerprint
+from signbit.calibration.text import SELF
 from signbit.calibration.tokens import check_seqlen
 from signbit.errors import SignbitError
 from signbit.inference import open_model
@@ -34,18 +32,17 @@ from signbit.pipeline import already_finished, quantize, target_of
 from signbit.progress import Progress, Silent
 from signbit.recipe import Recipe
 from signbit.report.quantization import QuantizationReport
-from signbit.safetensors_file import files_of, write_text
-from signbit.source import Source, open_source, remove_workspaces, resolve
+from signbit.safetensors_file import write_text
+from signbit.source import Source, remove_workspaces
 from signbit.training import data, record, student
-from signbit.training.latent import LATENT_FORMS, LatentLinear
-from signbit.training.loop import Log, Loop, Trainable, accumulation_of, precision_of, uses_bfloat16
-from signbit.training.options import TrainingOptions
+from signbit.training.arguments import Run, check, from_start, identity_of
+from signbit.training.latent import LatentLinear
+from signbit.training.loop import Log, Loop, Trainable, precision_of, uses_bfloat16
 from signbit.training.processes import Processes
 from signbit.training.record import Record
 from signbit.training.snapshot import Snapshot
 from signbit.training.states import Head, States, StatesOf
 from signbit.training.teacher import Cache, Teacher
-from signbit.version import __version__
 
 
 @dataclass(frozen=True)
@@ -54,30 +51,6 @@ class Trained:
 
     report: QuantizationReport
     record: Record
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The arguments of a run, settled."""
-
-    model: str
-    out: Path
-    recipe: Recipe
-    options: TrainingOptions
-    journal: Journal
-    processes: Processes
-    progress: Progress
-    trust_remote_code: bool
-    tensorboard: Path | None = None
-
-    @property
-    def start(self) -> Path:
-        return self.journal.start_directory if self.options.start is None else resolve(self.options.start)
-
-    @contextmanager
-    def source(self) -> Iterator[Source]:
-        with closing(open_source(self.model, trust_remote_code=self.trust_remote_code, beside=self.out)) as opened:
-            yield opened
 
 
 def train(
@@ -101,12 +74,12 @@ def train(
     processes = Processes(device)
     if not isinstance(recipe, Recipe):
         recipe = Recipe(recipe) if isinstance(recipe, dict) else Recipe.load(str(recipe))
-    recipe = _from_start(recipe.for_model(str(model)))
+    recipe = from_start(recipe.for_model(str(model)))
     options = recipe.training
     if options is None:
         raise SignbitError("the recipe has no training keys, such as steps: use signbit quantize, or add them")
     target = target_of(out)
-    run = _Run(
+    run = Run(
         model=str(model),
         out=target,
         recipe=recipe,
@@ -117,7 +90,7 @@ def train(
         trust_remote_code=trust_remote_code,
         tensorboard=None if tensorboard is None else Path(tensorboard),
     )
-    _check(run)
+    check(run)
     try:
         with run.journal.locked() if processes.is_first else nullcontext():
             return _train(run, resume, overwrite)
@@ -149,10 +122,10 @@ def export_snapshot(
         raise SignbitError(f"{journal.directory} holds no snapshot of a training: there is nothing to export yet")
     known = Recipe(identity["recipe"])
     if recipe is not None:
-        journal.check(identity | {"recipe": _from_start(recipe.for_model(str(model))).to_dict()})
+        journal.check(identity | {"recipe": from_start(recipe.for_model(str(model))).to_dict()})
     assert known.training is not None
     place = target_of(target)
-    run = _Run(
+    run = Run(
         str(model), place, known, known.training, journal, Processes("cpu"), progress or Silent(), trust_remote_code
     )
     written = Journal(place)
@@ -166,42 +139,7 @@ def export_snapshot(
     return Trained(report, found.record)
 
 
-def _from_start(recipe: Recipe) -> Recipe:
-    """With ``start``, the method's options and what else says how matrices are stored are what that was made by."""
-    options = recipe.training
-    if options is None or options.start is None:
-        return recipe
-    found = checkpoint.read_recipe(resolve(options.start))
-    if found["method"] != recipe.method.name:
-        raise SignbitError(
-            f"start {options.start} was made by method {found['method']}, the recipe has {recipe.method.name}: "
-            f"give a recipe of {found['method']}"
-        )
-    made_by = {key: value for key, value in found.items() if key not in TrainingOptions.model_fields}
-    own = recipe.common.model_dump(mode="json", include={"calib", "seqlen", "seed"})
-    return Recipe({**made_by, **own, **options.model_dump(mode="json")})
-
-
-def _check(run: _Run) -> None:
-    """Refuse what can be seen without opening anything."""
-    layout = run.recipe.method.layout.kind
-    if layout not in LATENT_FORMS:
-        raise SignbitError(
-            f"method {run.recipe.method.name} decides on {layout}, which cannot be trained, "
-            f"{' and '.join(LATENT_FORMS)} can: take a method that decides on those"
-        )
-    accumulation_of(run.options, run.processes.count)
-    if not run.options.kl and not run.options.hidden and not run.options.lm:
-        raise SignbitError("there is nothing to train for: give kl, hidden or lm a weight")
-    if run.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
-        raise SignbitError("the log needs tensorboard: pip install 'signbit[log]', or train without --tensorboard")
-    paths = [run.out, run.journal.directory]
-    for given in (run.model, *filter(None, [run.options.start])):
-        if any(resolve(given).resolve().is_relative_to(path) for path in paths):
-            raise SignbitError(f"{given} lies in {run.out}, which is to be written: choose another directory")
-
-
-def _train(run: _Run, resume: bool, overwrite: bool) -> Trained:
+def _train(run: Run, resume: bool, overwrite: bool) -> Trained:
     processes, journal = run.processes, run.journal
     finished = processes.first(lambda: _prepare(run, resume, overwrite))
     if processes.is_first and finished is not None:
@@ -215,14 +153,14 @@ def _train(run: _Run, resume: bool, overwrite: bool) -> Trained:
     return processes.first(lambda: _finish(run)) or _read(run.out)
 
 
-def _prepare(run: _Run, resume: bool, overwrite: bool) -> Trained | None:
+def _prepare(run: Run, resume: bool, overwrite: bool) -> Trained | None:
     """Everything up to the start and the text, by the first process; what there is if nothing is left to be done."""
     journal = run.journal
     checkpoint.check_target(run.out, journal, resume=resume, overwrite=overwrite)
     remove_workspaces(run.out)
     with run.source() as source:
         check_seqlen(source.config, run.recipe.common.seqlen)
-        identity = _identity(run, source)
+        identity = identity_of(run, source)
         if resume and run.out.exists() and not overwrite:
             report = already_finished(run.out, identity)
             journal.discard()
@@ -252,27 +190,7 @@ def _prepare(run: _Run, resume: bool, overwrite: bool) -> Trained | None:
     return None
 
 
-def _identity(run: _Run, source: Source) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
-    start = hashlib.sha256()
-    if run.options.start is not None:
-        report = QuantizationReport.read(run.start)
-        if report is not None and report.fingerprint != source.fingerprint:
-            raise SignbitError(f"start {run.options.start} was not made from {run.model}: give one that was")
-        for file in [run.start / "config.json", *files_of(run.start)]:
-            with file.open("rb") as stream:
-                start.update(hashlib.file_digest(stream, "sha256").digest())
-    return {
-        "recipe": run.recipe.to_dict(),
-        "fingerprint": source.fingerprint,
-        "text": text_fingerprint(str(run.recipe.common.calib)),
-        "start": start.hexdigest(),
-        "device": run.processes.device.type,
-        "signbit": __version__,
-    }
-
-
-def _learn(run: _Run, found: Snapshot | None) -> None:
+def _learn(run: Run, found: Snapshot | None) -> None:
     """Train, from a snapshot or the start, to the last snapshot."""
     options, processes, common = run.options, run.processes, run.recipe.common
     device = processes.device
@@ -297,7 +215,7 @@ def _learn(run: _Run, found: Snapshot | None) -> None:
         loop.run(found)
 
 
-def _teacher(run: _Run, windows: data.Windows, blocks: str, dtype: torch.dtype) -> Teacher:
+def _teacher(run: Run, windows: data.Windows, blocks: str, dtype: torch.dtype) -> Teacher:
     device, options = run.processes.device, run.options
     model, _ = open_model(run.model, device=device.type, trust_remote_code=run.trust_remote_code)
     model = model.to(dtype).requires_grad_(False)
@@ -326,7 +244,7 @@ def _logging(directory: Path | None) -> Iterator[Log | None]:
 # Packing -------------------------------------------------------------------------------------------------------------
 
 
-def _finish(run: _Run) -> Trained:
+def _finish(run: Run) -> Trained:
     found = Snapshot.of(run.journal.directory)
     assert found is not None
     with run.source() as source:
@@ -335,7 +253,7 @@ def _finish(run: _Run) -> Trained:
     return Trained(report, found.record)
 
 
-def _assemble(run: _Run, source: Source, found: Snapshot, journal: Journal) -> QuantizationReport:
+def _assemble(run: Run, source: Source, found: Snapshot, journal: Journal) -> QuantizationReport:
     """Put the checkpoint of a snapshot together in the staging directory of ``journal``."""
     packed, errors = {}, {}
     for name, layout, error in student.pack_trained(run.start, source, run.options, found):

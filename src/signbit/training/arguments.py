@@ -1,0 +1,105 @@
+"""The arguments of a training, settled and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from signbit import checkpoint
+from signbit.calibration.text import text_fingerprint
+from signbit.errors import SignbitError
+from signbit.journal import Journal
+from signbit.progress import Progress
+from signbit.recipe import Recipe
+from signbit.report.quantization import QuantizationReport
+from signbit.safetensors_file import files_of
+from signbit.source import Source, open_source, resolve
+from signbit.training.latent import LATENT_FORMS
+from signbit.training.loop import accumulation_of
+from signbit.training.options import TrainingOptions
+from signbit.training.processes import Processes
+from signbit.version import __version__
+
+
+@dataclass(frozen=True)
+class Run:
+    """The arguments of a run, settled."""
+
+    model: str
+    out: Path
+    recipe: Recipe
+    options: TrainingOptions
+    journal: Journal
+    processes: Processes
+    progress: Progress
+    trust_remote_code: bool
+    tensorboard: Path | None = None
+
+    @property
+    def start(self) -> Path:
+        return self.journal.start_directory if self.options.start is None else resolve(self.options.start)
+
+    @contextmanager
+    def source(self) -> Iterator[Source]:
+        with closing(open_source(self.model, trust_remote_code=self.trust_remote_code, beside=self.out)) as opened:
+            yield opened
+
+
+def from_start(recipe: Recipe) -> Recipe:
+    """With ``start``, the method's options and what else says how matrices are stored are what that was made by."""
+    options = recipe.training
+    if options is None or options.start is None:
+        return recipe
+    found = checkpoint.read_recipe(resolve(options.start))
+    if found["method"] != recipe.method.name:
+        raise SignbitError(
+            f"start {options.start} was made by method {found['method']}, the recipe has {recipe.method.name}: "
+            f"give a recipe of {found['method']}"
+        )
+    made_by = {key: value for key, value in found.items() if key not in TrainingOptions.model_fields}
+    own = recipe.common.model_dump(mode="json", include={"calib", "seqlen", "seed"})
+    return Recipe({**made_by, **own, **options.model_dump(mode="json")})
+
+
+def check(run: Run) -> None:
+    """Refuse what can be seen without opening anything."""
+    layout = run.recipe.method.layout.kind
+    if layout not in LATENT_FORMS:
+        raise SignbitError(
+            f"method {run.recipe.method.name} decides on {layout}, which cannot be trained, "
+            f"{' and '.join(LATENT_FORMS)} can: take a method that decides on those"
+        )
+    accumulation_of(run.options, run.processes.count)
+    if not run.options.kl and not run.options.hidden and not run.options.lm:
+        raise SignbitError("there is nothing to train for: give kl, hidden or lm a weight")
+    if run.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
+        raise SignbitError("the log needs tensorboard: pip install 'signbit[log]', or train without --tensorboard")
+    paths = [run.out, run.journal.directory]
+    for given in (run.model, *filter(None, [run.options.start])):
+        if any(resolve(given).resolve().is_relative_to(path) for path in paths):
+            raise SignbitError(f"{given} lies in {run.out}, which is to be written: choose another directory")
+
+
+def identity_of(run: Run, source: Source) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    start = hashlib.sha256()
+    if run.options.start is not None:
+        report = QuantizationReport.read(run.start)
+        if report is not None and report.fingerprint != source.fingerprint:
+            raise SignbitError(f"start {run.options.start} was not made from {run.model}: give one that was")
+        for file in [run.start / "config.json", *files_of(run.start)]:
+            with file.open("rb") as stream:
+                start.update(hashlib.file_digest(stream, "sha256").digest())
+    return {
+        "recipe": run.recipe.to_dict(),
+        "fingerprint": source.fingerprint,
+        "text": text_fingerprint(str(run.recipe.common.calib)),
+        "start": start.hexdigest(),
+        "device": run.processes.device.type,
+        "signbit": __version__,
+    }
