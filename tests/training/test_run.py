@@ -228,14 +228,18 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop.Loop, "_step", counted)
 
 
+def stop_after_seven_steps(model: Path, out: Path, text: Path, **keys: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(7, patch)
+        with pytest.raises(StoppedError):
+            train(model, out, text, **keys)
+
+
 @pytest.fixture
 def stopped(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A run that was stopped after seven steps."""
     model, out = tiny_dir("llama"), tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(7, patch)
-        with pytest.raises(StoppedError):
-            train(model, out, text_file)
+    stop_after_seven_steps(model, out, text_file)
     return model, out
 
 
@@ -344,13 +348,16 @@ def test_nan_stops_the_run_and_keeps_the_snapshot(tiny_dir: MakeDir, text_file: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("begun", [False, True], ids=["from the start", "begun by one"])
 def test_two_processes(
-    sharding: str, trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path, tmp_path: Path
+    sharding: str, begun: bool, trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = command(tiny_dir("llama"), out, text_file, sharding=sharding)
-    process = start(arguments, *launcher)
+    model, out = tiny_dir("llama"), tmp_path / "out"
+    arguments = command(model, out, text_file, sharding=sharding)
+    if begun:
+        stop_after_seven_steps(model, out, text_file, sharding=sharding)
+        arguments.append("--resume")
+    process = start(arguments, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     found = json.loads((out / "signbit_training.json").read_text())
