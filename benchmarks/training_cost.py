@@ -10,6 +10,7 @@ both see the same machine: the ratio is that of the medians of the steps. Memory
 from __future__ import annotations
 
 import argparse
+import math
 import resource
 import statistics
 import subprocess
@@ -63,7 +64,7 @@ def loop_of(kind: str, arguments: argparse.Namespace, directory: Path, seconds: 
     )
     states = StatesOf(model, blocks, hidden=True)
     of_scales = {name for name, parameter in trained.items() if id(parameter) in scales}
-    student = Trainable(states, Head(model, torch.float32), trained, of_scales)
+    student = Trainable(states, Head(model, torch.float32), trained, of_scales, dict.fromkeys(trained, math.inf))
     last = time.perf_counter()
 
     def note(name: str, value: float, step: int) -> None:

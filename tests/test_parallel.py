@@ -1,4 +1,5 @@
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -39,6 +40,26 @@ def test_two_tasks_are_at_work_at_once(threads: int) -> None:
         pytest.skip("one thread does one task after the other")
     meeting = threading.Barrier(2, timeout=20)
     assert sorted(side_by_side([meeting.wait] * 2, CPU)) == [0, 1]
+
+
+def test_no_more_than_four_are_at_work_at_once() -> None:
+    """Each has a matrix and its Hessian's factor in memory."""
+    torch.set_num_threads(8)
+    at_work, most = 0, 0
+    lock = threading.Lock()
+
+    def task() -> int:
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+        time.sleep(0.05)
+        with lock:
+            at_work -= 1
+        return torch.get_num_threads()
+
+    assert side_by_side([task] * 8, CPU) == [2] * 8
+    assert most <= 4
 
 
 def test_no_task_builds_a_graph() -> None:

@@ -91,6 +91,8 @@ def train_command(
     Several processes: torchrun --nproc-per-node N -m signbit train ...
     """
     given = {**parse_overrides(overrides), **_shortcuts(options)}
+    if export is not None:
+        _refuse_with_export(tensorboard, options)
     chosen = None if export and recipe is None and not given else Recipe.load(recipe or "onebit", given)
     progress = console.ConsoleProgress()
     if export is not None:
@@ -102,6 +104,18 @@ def train_command(
     if is_first_process():
         _print_report(trained.report, out)
         console.console.print(console.training_table(trained.record))
+
+
+def _refuse_with_export(tensorboard: Path | None, options: dict[str, Any]) -> None:
+    """What says how to train has no say in writing a snapshot out."""
+    given = {
+        "--resume": options["resume"],
+        "--tensorboard": tensorboard is not None,
+        "--device": options["device"] != "auto",
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise SignbitError(f"{name} does not go with --export, which trains nothing: leave one of them out")
 
 
 def _shortcuts(options: dict[str, Any]) -> dict[str, Any]:

@@ -16,23 +16,31 @@ from signbit.safetensors_file import check_directory
 from signbit.source import first_line, load_config, load_tokenizer, resolve
 
 
-def open_model(model: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer), ready to run. CPUs compute in float32, GPUs in the stored dtype."""
+def open_model(
+    model: str, *, device: str = "auto", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer), ready to run.
+
+    dtype: by default CPUs compute in float32, GPUs in the stored dtype. A model that is cast after it was loaded is
+    another: ``.to(bfloat16)`` rounds the frequencies of its rotary positions too, and late ones are then elsewhere.
+    """
     chosen = choose_device(device)
     path = resolve(model)
-    dtype: Any = torch.float32 if chosen.type == "cpu" else "auto"
+    wanted: Any = dtype or (torch.float32 if chosen.type == "cpu" else "auto")
     device_map = None if chosen.type == "cpu" else {"": chosen.type}
     if path.is_dir() and checkpoint.is_checkpoint(path):
-        return checkpoint.load(path, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
+        return checkpoint.load(path, device_map=device_map, dtype=wanted, trust_remote_code=trust_remote_code)
     try:
         if path.is_file():
-            opened = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            opened = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=dtype or torch.float32
+            )
             tokenizer = load_tokenizer(model, path.parent, gguf_file=path.name)
             return opened.to(chosen).eval(), tokenizer
         load_config(model, path, trust_remote_code)
         check_directory(path)
         opened = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+            path, dtype=wanted, device_map=device_map, trust_remote_code=trust_remote_code
         )
     except Exception as error:
         # Whatever a config.json that makes no sense may lead model code to.

@@ -24,6 +24,7 @@ kept: a resumed run computes them again from the finished blocks, which gives th
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import shutil
@@ -72,8 +73,15 @@ class Journal:
 
     @property
     def has_work(self) -> bool:
-        """Whether it holds what took time: a finished block, or where a training starts."""
-        return self.has(block_name(0)) or (self.start_directory / "config.json").is_file()
+        """Whether it holds what took time: a finished block, or anything of a training: text, its start, a snapshot."""
+        return (
+            self.has(block_name(0))
+            or self.has("snapshot")
+            or (self.directory / "tokens.bin").is_file()
+            or any(self.directory.glob("text-*.bin"))
+            or (self.start_directory / "config.json").is_file()
+            or (self.directory / "start.partial").is_dir()
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -176,6 +184,14 @@ class Journal:
 
 def block_name(index: int) -> str:
     return f"block-{index:05d}"
+
+
+def run_failed(directory: Path, error: OSError, kept: str) -> SignbitError:
+    """What the file system refused a run, as one line. kept: what the user can rely on, as half a sentence."""
+    # The safetensors library gives no number, and fails where it writes.
+    if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return SignbitError(f"writing to {directory} failed: {error.strerror or error}. Make room; {kept}")
+    return SignbitError(f"{error.filename or directory}: {error.strerror or error}. Put that right; {kept}")
 
 
 def describe_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Independent pieces of work side by side on a CPU's threads.
 
-Searches and sweeps are many small operations, each too short for a second thread to be of use. Two matrices at a time,
-with half of the threads each, keep all of them busy; PyTorch lets go of Python's lock inside its operations.
+Searches and sweeps are many small operations, each too short for a second thread to be of use. A few matrices at a
+time, each with its share of the threads, keep all of them busy; PyTorch lets go of Python's lock inside its operations.
+No more than a few, since each at work has its weight and its Hessian's factor in memory.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from signbit.timing import Stopwatch, elsewhere
 
 Result = TypeVar("Result")
 
+# Tasks at work at once, however many threads there are.
+_MOST = 4
+
 
 def side_by_side(tasks: Sequence[Callable[[], Result]], device: torch.device) -> list[Result]:
-    """What each task returns, in order. Tasks run without gradients; they begin in order, so the longest come first.
+    """What each task returns, in order. Tasks run without gradients; they begin in order, so give the longest first.
 
     If some fail, the first one's error is raised once all have ended. On a GPU, or with one thread, tasks run one after
     the other.
     """
     threads = torch.get_num_threads()
-    workers = min(len(tasks), threads) if device.type == "cpu" else 1
+    workers = min(len(tasks), threads, _MOST) if device.type == "cpu" else 1
     if workers < 2:
         return [task() for task in tasks]
     stopwatches = [Stopwatch() for _ in tasks]

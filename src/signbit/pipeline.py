@@ -17,7 +17,7 @@ from signbit.blockwise import BlockwiseRun
 from signbit.calibration.text import text_fingerprint
 from signbit.device import choose_device
 from signbit.errors import SignbitError
-from signbit.journal import Journal, describe_difference
+from signbit.journal import Journal, describe_difference, run_failed
 from signbit.progress import Progress, Silent
 from signbit.recipe import Recipe
 from signbit.report.quantization import QuantizationReport
@@ -62,10 +62,7 @@ def quantize(
             with closing(opened) as source:
                 return _quantize(source, recipe, out, journal, chosen, resume, overwrite, progress or Silent())
     except OSError as error:
-        raise SignbitError(
-            f"writing to {journal.directory} failed: {error.strerror or error}. "
-            "What is finished is kept: make room and use --resume"
-        ) from error
+        raise run_failed(journal.directory, error, "--resume goes on from what is finished") from error
 
 
 def target_of(out: str | Path) -> Path:

@@ -59,9 +59,11 @@ class Recipe:
     """A validated recipe: ``common`` options, a ``method`` and the ``options`` of that method.
 
     ``training`` is None in a recipe without any training key: that is one for ``quantize``, others are for ``train``.
+    ``given`` are the keys that it was made from; all others have their defaults.
     """
 
     def __init__(self, fields: dict[str, Any]) -> None:
+        self.given: frozenset[str] = frozenset(fields)
         fields = dict(fields)
         name = fields.pop("method", None)
         if not isinstance(name, str) or name not in METHODS:
@@ -91,7 +93,8 @@ class Recipe:
         """This recipe with its calibration source settled: papers calibrate on C4, the demo must work offline."""
         if self.common.calib is not None:
             return self
-        return Recipe({**self.to_dict(), "calib": "self" if model == "demo" else "c4"})
+        fields = {key: value for key, value in self.to_dict().items() if key in self.given}
+        return Recipe({**fields, "calib": "self" if model == "demo" else "c4"})
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe in full, defaults included, as plain JSON types."""

@@ -10,7 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,15 +54,19 @@ class StoredTensor:
     nbytes: int
 
 
-def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Tensors and metadata of one file; SignbitError naming the file if it is truncated or not safetensors."""
+def read_header(file: Path, stream: BinaryIO | None = None) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors and metadata of one file; SignbitError naming the file if it is truncated or not safetensors.
+
+    stream: the file if it is open already, for one that may be replaced at any time.
+    """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0]
+        with file.open("rb") if stream is None else nullcontext(stream) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            opened.seek(0)
+            length = struct.unpack("<Q", opened.read(8))[0]
             if length > min(size - 8, _MAX_HEADER):
                 raise SignbitError(f"{file} is truncated or not a safetensors file")
-            header = json.loads(stream.read(length))
+            header = json.loads(opened.read(length))
         if not isinstance(header, dict):
             raise SignbitError(f"{file} is not a safetensors file: its header is no mapping")
         metadata = header.pop("__metadata__", {})
@@ -170,11 +174,11 @@ def write_tensors(
             out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def read_tensor(stored: StoredTensor) -> Tensor:
-    """The tensor itself, in memory of its own."""
-    with stored.file.open("rb") as stream:
-        stream.seek(stored.offset)
-        data = bytearray(stream.read(stored.nbytes))
+def read_tensor(stored: StoredTensor, stream: BinaryIO | None = None) -> Tensor:
+    """The tensor itself, in memory of its own. stream: the file that its header was read from, if it is open."""
+    with stored.file.open("rb") if stream is None else nullcontext(stream) as opened:
+        opened.seek(stored.offset)
+        data = bytearray(opened.read(stored.nbytes))
     if len(data) < stored.nbytes:
         raise SignbitError(f"{stored.file} became shorter while it was read")
     if not data:

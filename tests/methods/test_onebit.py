@@ -69,6 +69,15 @@ def test_a_matrix_of_zeros_stays_one() -> None:
     assert not quantize(torch.zeros(4, 40)).dequantize().any()
 
 
+def test_one_output_is_not_normalised() -> None:
+    """It would be 0 whatever comes in."""
+    weight = random_weight(1, 64)
+    layout = quantize(weight)
+    assert not layout.spec.norm
+    assert QuantizedLinear(layout)(torch.randn(5, 64)).abs().min() > 0
+    assert quantize(random_weight(2, 64)).spec.norm
+
+
 @pytest.mark.parametrize(("key", "value"), [("group_size", 128), ("mean", True)])
 def test_options_that_the_paper_does_not_have_are_refused(key: str, value: Any) -> None:
     with pytest.raises(SignbitError, match=key):

@@ -117,3 +117,10 @@ def test_written_text_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
 def test_no_more_is_written_than_the_steps_need(tmp_path: Path) -> None:
     write_text(tmp_path, build("llama"), recipe(steps=1, batch=2), Silent())
     assert len(stored(tmp_path)) == (2 + 2) * 16
+
+
+@pytest.mark.parametrize("size", [0, 3 * 4 * 4])
+def test_a_token_file_that_was_cut_off(size: int, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(bytes(size))
+    with pytest.raises(SignbitError, match=r"tokens\.bin is damaged: start again with --overwrite"):
+        Windows(tmp_path, 4, heldout=3, seed=1)

@@ -1,5 +1,6 @@
 """Training from the model to the checkpoint: what is trained, stopped, resumed, written out, and refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,12 +15,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 import signbit
-from signbit import Recipe, SignbitError
+from signbit import Recipe, SignbitError, checkpoint
 from signbit.cli import main
-from signbit.training import loop
+from signbit.journal import Journal
+from signbit.training import loop, student
+from signbit.training.arguments import from_start
 from signbit.training.run import Trained
+from tiny import CONFIGS, save_tiny
 
 MakeDir = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -301,6 +306,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"split_planes, which cannot be trained.*sign_planes",
     ),
     "a start of another method": ({"method": "sign"}, "was made by method"),
+    "weights that leave no betas": ({"betas": [0.9, 1]}, "'betas.1'.*less than 1"),
+    "negative betas": ({"betas": [-0.1, 0.9]}, "'betas.0'"),
+    "latents beyond float32": ({"latent_scale": 1e39}, "'latent_scale'.*less than or equal"),
+    **{
+        f"infinite {key}": ({key: float("inf")}, f"'{key}'")
+        for key in ("lr", "scale_lr", "weight_decay", "kl", "hidden", "lm", "latent_scale", "max_grad_norm")
+    },
 }
 
 
@@ -313,7 +325,7 @@ def test_refused(case: str, tiny_dir: MakeDir, packed_dir: MakeDir, text_file: P
     if case == "a start of another method":
         fields["start"] = str(packed_dir("llama"))
     with pytest.raises(SignbitError, match=words) as caught:
-        signbit.train(tiny_dir("llama"), tmp_path / "out", Recipe(fields), device="cpu")
+        signbit.train(tiny_dir("llama"), tmp_path / "out", fields, device="cpu")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -343,6 +355,231 @@ def test_nan_stops_the_run_and_keeps_the_snapshot(tiny_dir: MakeDir, text_file: 
     assert found.steps == 12
 
 
+@pytest.mark.parametrize("keys", [{"scale_lr": 1e6}, {"scales": "optimal", "lr": 1e6}], ids=["learned", "optimal"])
+def test_weights_that_cannot_be_stored_replace_no_snapshot(
+    keys: dict[str, Any], tiny_dir: MakeDir, text_file: Path, tmp_path: Path
+) -> None:
+    """The loss of the step is finite, since it is that of the weights before."""
+    keys |= {"method": "sign", "group_size": 0, "steps": 1, "heldout": 0, "max_grad_norm": 0.0, "warmup": 0, "lm": 0.0}
+    fields = {**SMALL, "calib": str(text_file), **keys, "samples": 4}
+    del fields["norm"]
+    with pytest.raises(SignbitError, match=r"step 1: model\..* has entries that are NaN or too large to be stored"):
+        signbit.train(tiny_dir("llama"), tmp_path / "out", Recipe(fields), device="cpu")
+    assert not (tmp_path / "out.partial" / "snapshot.safetensors").exists()
+
+
+def test_a_good_snapshot_stays_when_weights_go_bad(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    original = loop.Loop._step
+
+    def poisoned(self: Any, step: int) -> None:
+        original(self, step)
+        if step == 9:
+            list(self.parameters.values())[3].data[-1] = float("nan")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "_step", poisoned)
+        with pytest.raises(SignbitError, match=r"step 10: .* has entries .*; the snapshot of step 5 is kept"):
+            train(tiny_dir("llama"), tmp_path / "out", text_file)
+    assert train(tiny_dir("llama"), tmp_path / "out", text_file, resume=True).record.steps == 12
+
+
+@pytest.mark.parametrize(("bad", "done"), [(0, 0), (6, 5)])
+def test_a_held_out_perplexity_that_is_no_number_stops_the_run(
+    bad: int, done: int, tiny_dir: MakeDir, text_file: Path, tmp_path: Path
+) -> None:
+    original = loop.Loop._evaluate
+
+    def poisoned(self: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if self.record.steps == bad:
+                patch.setattr(loop, "cross_entropies", lambda *_: torch.tensor([float("nan")]))
+            original(self)
+
+    words = "the held-out perplexity is nan" + (
+        "; the snapshot of step 5 is kept" if done else " before the first step"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "_evaluate", poisoned)
+        with pytest.raises(SignbitError, match=words):
+            train(tiny_dir("llama"), tmp_path / "out", text_file)
+    found = train(tiny_dir("llama"), tmp_path / "out", text_file, resume=True).record
+    assert [step for step, _ in found.heldout] == [0, 6, 12]
+
+
+def test_hidden_alone_in_a_model_of_one_block_is_refused(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {**CONFIGS["llama"]().to_dict(), "num_hidden_layers": 1}
+    monkeypatch.setitem(CONFIGS, "one_block", lambda: LlamaConfig(**fields))
+    save_tiny("one_block", tmp_path / "model")
+    with pytest.raises(SignbitError, match=r"nothing to train for: hidden.*one block: give kl or lm"):
+        train(tmp_path / "model", tmp_path / "out", text_file, kl=0, lm=0)
+    assert not (tmp_path / "out.partial" / "start").exists()
+
+
+# --- nothing is lost --------------------------------------------------------------------------------------------------
+
+
+def test_an_export_never_empties_what_it_reads(stopped: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
+    model, out = stopped
+    partial = out.with_name("out.partial")
+    before, weights = contents_below(partial), contents_below(model)
+    for target in (out, out / "below", partial, partial / "start"):
+        assert main(["train", str(model), "--out", str(out), "--export", str(target), "--overwrite"]) == 2
+        assert "belongs to the training of" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SignbitError, match="lies in"):
+        signbit.export_snapshot(model, out, model, overwrite=True)
+    assert contents_below(partial) == before
+    assert contents_below(model) == weights
+
+
+@pytest.mark.parametrize("given", [["--resume"], ["--tensorboard", "logs"], ["--device", "cpu"]])
+def test_what_an_export_would_ignore_is_refused(given: list[str], tmp_path: Path, capsys: Capture) -> None:
+    assert main(["train", "demo", "--out", str(tmp_path / "out"), "--export", str(tmp_path / "other"), *given]) == 2
+    assert f"{given[0]} does not go with --export" in capsys.readouterr().err
+
+
+def test_an_export_to_a_full_disk(stopped: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = stopped
+    before = contents_below(out.with_name("out.partial"))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "assemble_retrained", full)
+    with pytest.raises(SignbitError, match=r"other\.partial failed: No space left on device\. Make room"):
+        signbit.export_snapshot(model, out, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial"]
+    assert contents_below(out.with_name("out.partial")) == before
+
+
+def test_an_export_that_the_end_of_the_run_overtakes(
+    stopped: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = stopped
+    original = student.pack_trained
+
+    def overtaken(*arguments: Any) -> Any:
+        Journal(out).discard()
+        return original(*arguments)
+
+    monkeypatch.setattr(student, "pack_trained", overtaken)
+    with pytest.raises(SignbitError, match="the training has ended meanwhile"):
+        signbit.export_snapshot(model, out, tmp_path / "other")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_snapshot_stays_open(stopped: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.is_dir():
+        pytest.skip("this system does not list open files")
+    model, out = stopped
+    signbit.export_snapshot(model, out, tmp_path / "other")
+    train(model, out, text_file, resume=True)
+    opened = [os.readlink(link) for link in descriptors.iterdir() if link.is_symlink()]
+    assert not [path for path in opened if Path(path).name.startswith("snapshot.safetensors")]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "text-00003.bin", "snapshot.safetensors", "start.partial/journal.json"])
+def test_what_a_training_has_done_counts_as_work(name: str, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "out")
+    assert not journal.has_work
+    journal.start({})
+    assert not journal.has_work
+    (journal.directory / name).parent.mkdir(exist_ok=True)
+    (journal.directory / name).touch()
+    assert journal.has_work
+
+
+def test_a_run_from_a_start_is_not_lost_without_a_question(
+    trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path, tmp_path: Path
+) -> None:
+    model, out = tiny_dir("llama"), tmp_path / "out"
+    stop_after_seven_steps(model, out, text_file, start=str(trained[1]))
+    before = contents_below(out.with_name("out.partial"))
+    with pytest.raises(SignbitError, match=r"out\.partial holds an interrupted run"):
+        train(model, out, text_file, start=str(trained[1]))
+    assert contents_below(out.with_name("out.partial")) == before
+
+
+def test_output_without_a_parent_is_refused(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(SignbitError, match="nowhere does not exist: create it first"):
+        train(tiny_dir("llama"), tmp_path / "nowhere" / "out", text_file)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), r"writing to .*out\.partial failed.*Make room; --resume"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/a/file"),
+            r"^/a/file: Permission denied\. Put that right",
+        ),
+    ],
+)
+def test_room_is_spoken_of_only_where_there_is_none(
+    error: OSError,
+    words: str,
+    tiny_dir: MakeDir,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loop, "write_snapshot", refused)
+    with pytest.raises(SignbitError, match=words):
+        train(tiny_dir("llama"), tmp_path / "out", text_file)
+
+
+def test_a_text_that_is_gone_is_named(stopped: tuple[Path, Path], tmp_path: Path) -> None:
+    model, out = stopped
+    with pytest.raises(SignbitError, match=r"moved\.txt does not exist$"):
+        train(model, out, tmp_path / "moved.txt", resume=True)
+
+
+# --- a start ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"norm": True}, r"was made with norm=False, the recipe has True"),
+        ({"scale_dtype": "bfloat16"}, r"was made with scale_dtype=float16, the recipe has bfloat16"),
+        ({"embeddings": "int8"}, r"embeddings=keep"),
+        ({"skip": "*.down_proj"}, r"skip=\[\]"),
+        ({"dtype": "bfloat16"}, r"dtype=auto"),
+    ],
+)
+def test_keys_that_a_start_decides_are_not_dropped(
+    keys: dict[str, Any],
+    words: str,
+    trained: tuple[Trained, Path],
+    tiny_dir: MakeDir,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(SignbitError, match=words):
+        train(tiny_dir("llama"), tmp_path / "out", text_file, start=str(trained[1]), **keys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_that_are_not_given_follow_the_start(
+    trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path, tmp_path: Path
+) -> None:
+    """``norm`` is true by default; the text's own keys are not the start's. Also where calib is left to the model."""
+    model, first = tiny_dir("llama"), trained[1]
+    fields = {key: value for key, value in recipe(text_file).to_dict().items() if key in SMALL}
+    del fields["norm"]
+    fields |= {"start": str(first), "calib": str(text_file), "seqlen": 16, "seed": 3, "steps": 1}
+    signbit.train(model, tmp_path / "out", Recipe(fields), device="cpu")
+    found = signbit.inspect(tmp_path / "out")["recipe"]
+    assert (found["norm"], found["seqlen"], found["seed"]) == (False, 16, 3)
+    del fields["calib"]
+    assert from_start(Recipe(fields).for_model("demo")).to_dict() == {**found, "calib": "self"}
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -357,11 +594,36 @@ def test_two_processes(
     if begun:
         stop_after_seven_steps(model, out, text_file, sharding=sharding)
         arguments.append("--resume")
-    process = start(arguments, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    in_two_processes(arguments)
     found = json.loads((out / "signbit_training.json").read_text())
     for step, wanted in zip(found["losses"], trained[0].record.losses, strict=True):
         assert step == pytest.approx(wanted, rel=1e-3)
     for (_, perplexity), (_, wanted_perplexity) in zip(found["heldout"], trained[0].record.heldout, strict=True):
         assert perplexity == pytest.approx(wanted_perplexity, rel=1e-3)
+
+
+def in_two_processes(arguments: list[str]) -> None:
+    process = start(arguments, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    # Sequences so short that processes, and whole steps, differ in the experts that they use.
+    "experts": ("mixtral", {"seqlen": 2, "batch": 2, "micro_batch": 1, "weight_decay": 1.0, "lm": 0}),
+    "nothing behind the last block": ("llama", {"kl": 0, "lm": 0}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("case", ALONE)
+def test_parameters_without_gradients_in_two_processes(
+    case: str, sharding: str, tiny_dir: MakeDir, text_file: Path, tmp_path: Path
+) -> None:
+    family, keys = ALONE[case]
+    wanted = train(tiny_dir(family), tmp_path / "wanted", text_file, **keys)
+    in_two_processes(command(tiny_dir(family), tmp_path / "out", text_file, sharding=sharding, **keys))
+    found = json.loads((tmp_path / "out" / "signbit_training.json").read_text())
+    for step, other in zip(found["losses"], wanted.record.losses, strict=True):
+        assert step == pytest.approx(other, rel=1e-3)

@@ -1,6 +1,7 @@
 """States of models, heads, and the teacher's cache."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,18 @@ from torch.nn import functional as F
 
 from signbit import SignbitError
 from signbit.architectures import find_blocks
+from signbit.journal import Journal
+from signbit.progress import Silent
+from signbit.recipe import Recipe
 from signbit.training import teacher as teaching
+from signbit.training.arguments import Run
 from signbit.training.loop import precision_of
 from signbit.training.options import TrainingOptions
+from signbit.training.processes import Processes
+from signbit.training.run import _teacher
 from signbit.training.states import Head, States, StatesOf
 from signbit.training.teacher import Cache, Teacher
-from tiny import CONFIGS, build
+from tiny import CONFIGS, VOCAB, build, tokenizer
 
 IDS = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(0))
 
@@ -56,6 +63,37 @@ def test_checkpointing_changes_no_gradient() -> None:
         (last.square().sum() + hidden[0].square().sum()).backward()
         gradients.append(model.model.layers[0].mlp.up_proj.weight.grad)
     assert torch.equal(*gradients)
+
+
+def test_logits_that_are_no_numbers_are_named() -> None:
+    states = states_of("llama")
+    states.model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(SignbitError, match=r"LlamaForCausalLM has logits that are NaN or infinite.*start anew"):
+        Head(states.model, torch.float32).check(states, IDS[:1])
+
+
+@torch.no_grad()
+def test_a_teacher_in_bfloat16_knows_late_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frequencies of rotary positions are not rounded: they are what the phase of position 2000 is made of."""
+    config = CONFIGS["llama"]()
+    config.max_position_embeddings = 2048
+    monkeypatch.setitem(CONFIGS, "long", lambda: config)
+    model = build("long")
+    for block in model.model.layers:
+        # Attention that looks at places.
+        block.self_attn.q_proj.weight *= 2
+        block.self_attn.k_proj.weight *= 2
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    options = TrainingOptions(precision="bfloat16")
+    recipe, journal = Recipe({"method": "onebit", "samples": 0}), Journal(tmp_path / "out")
+    run = Run(str(tmp_path / "model"), tmp_path / "out", recipe, options, journal, Processes("cpu"), Silent(), False)
+    teacher = _teacher(run, None, "model.layers", torch.bfloat16)  # type: ignore[arg-type]
+    ids = torch.randint(3, VOCAB, (1, 2048), generator=torch.Generator().manual_seed(0))
+    found = teacher.head(teacher.states([0], ids).last).log_softmax(-1)[0]  # type: ignore[arg-type]
+    wanted = model(ids).logits.log_softmax(-1)[0]
+    divergence = (wanted.exp() * (wanted - found)).sum(-1)
+    assert divergence[1024:].mean() < 0.01  # with rounded frequencies 0.15
 
 
 class TestCache:
@@ -102,6 +140,20 @@ class TestCache:
         teacher = self.open(tmp_path, last=False)
         assert teacher.states([3], IDS[:1]).last is None
         assert os.path.getsize(tmp_path / "teacher.bin") == 10 * 12 * 72 * 2
+
+    def test_a_disk_that_is_full_is_an_error_and_not_the_end_of_the_process(
+        self, teacher: Teacher, tmp_path: Path
+    ) -> None:
+        """As a limit on the size of files, which is refused in the same way."""
+        limit, sizes = resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)
+        assert teacher.states([0], IDS[:1]).last is not None
+        resource.setrlimit(limit, (os.path.getsize(tmp_path / "teacher.bin") // 2, sizes[1]))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                teacher.states([9], IDS[:1])
+        finally:
+            resource.setrlimit(limit, sizes)
+        self.same(self.open(tmp_path).states([9], IDS[:1]), teacher.states([9], IDS[:1]))
 
     def test_room_on_the_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = teaching.shutil._ntuple_diskusage(10, 10, 0)  # type: ignore[attr-defined]

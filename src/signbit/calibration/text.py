@@ -16,6 +16,7 @@ from typing import Any
 from signbit.errors import SignbitError
 
 SELF = "self"
+_FILES = (".txt", ".raw", ".jsonl")
 # Characters that are tokenised at once.
 PIECE = 1 << 22
 # Rows of C4's first shards that give more than enough text for any calibration or evaluation here.
@@ -49,7 +50,7 @@ def _pieces(source: str, split: str, documents: int | None) -> Iterator[str]:
     if source in _DATASETS:
         return _DATASETS[source](split, documents)
     path = Path(source).expanduser()
-    if path.suffix.lower() in (".txt", ".raw", ".jsonl"):
+    if path.suffix.lower() in _FILES:
         return _read_file(path)
     raise SignbitError(
         f"unknown text source {source!r}: expected {', '.join(_DATASETS)}, {SELF}, or a .txt, .raw or .jsonl file"
@@ -57,8 +58,11 @@ def _pieces(source: str, split: str, documents: int | None) -> Iterator[str]:
 
 
 def text_fingerprint(source: str) -> str:
-    """What identifies a SOURCE's text in a journal: a file's hash, any other source's name."""
+    """What identifies a SOURCE's text in a journal: a file's hash, any other source's name. SignbitError if it was
+    to be a file and there is none."""
     path = Path(source).expanduser()
+    if not path.exists() and path.suffix.lower() in _FILES:
+        raise SignbitError(f"{path} does not exist")
     if not path.is_file():
         return source
     with path.open("rb") as stream:

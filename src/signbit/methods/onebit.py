@@ -13,7 +13,8 @@ Paper and released code differ, and this takes
 - LayerNorm: the paper's, ``norm: true``. The code computes the same, eps 1e-5, and adds a bias after it. Each layer's
   outputs then have mean 0 and variance 1 a token, whatever they had in the original model: a start far away from it,
   which the paper's 7.8 billion tokens of training make up for. Without (``norm: false``) the start is as close to the
-  original as its matrices are.
+  original as its matrices are. A linear with one output (the gate of a shared expert) never has it: one number minus
+  its mean is 0.
 - decomposition: power iteration. The code's NMF, from random numbers, has the same product.
 - sgn(0): +1. In the code's training it is 0, in its packed weights +1.
 - bits: 1 + 16 (n + m) / (n m), and the padding of rows to 32 bits. The paper's 1.0073 counts the vectors as weights.
@@ -38,7 +39,7 @@ from signbit.timing import phase
 class OneBitOptions(MethodOptions):
     group_size: Literal[0] = Field(0, description="a row has one scale")
     mean: Literal[False] = Field(False, description="there are no means")
-    norm: bool = Field(True, description="normalise each token's outputs after every layer")
+    norm: bool = Field(True, description="normalise each token's outputs after every layer of several outputs")
 
 
 def quantize(weight: Tensor, factor: Factor | None, options: OneBitOptions) -> Layout:
@@ -52,7 +53,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: OneBitOptions) -> L
             group_size=0,
             column_scales=columns.to(options.storage),
         )
-        return layout.with_norm() if options.norm else layout
+        return layout.with_norm() if options.norm and weight.shape[0] > 1 else layout
 
 
 METHOD = Method(

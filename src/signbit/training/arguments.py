@@ -51,7 +51,11 @@ class Run:
 
 
 def from_start(recipe: Recipe) -> Recipe:
-    """With ``start``, the method's options and what else says how matrices are stored are what that was made by."""
+    """With ``start``, all that says how matrices came about and are stored is what that was made by.
+
+    What the recipe leaves at its default follows the start; what it gives, itself or by its preset, must agree with it.
+    Text and seed are the training's own.
+    """
     options = recipe.training
     if options is None or options.start is None:
         return recipe
@@ -63,7 +67,15 @@ def from_start(recipe: Recipe) -> Recipe:
         )
     made_by = {key: value for key, value in found.items() if key not in TrainingOptions.model_fields}
     own = recipe.common.model_dump(mode="json", include={"calib", "seqlen", "seed"})
-    return Recipe({**made_by, **own, **options.model_dump(mode="json")})
+    settled = Recipe({**made_by, **own, **options.model_dump(mode="json")})
+    wanted = recipe.to_dict()
+    for key, value in settled.to_dict().items():
+        if key in recipe.given and wanted[key] != value:
+            raise SignbitError(
+                f"start {options.start} was made with {key}={value}, the recipe has {wanted[key]}: "
+                f"give the start's {key}, or another start"
+            )
+    return settled
 
 
 def check(run: Run) -> None:
@@ -75,14 +87,41 @@ def check(run: Run) -> None:
             f"{' and '.join(LATENT_FORMS)} can: take a method that decides on those"
         )
     accumulation_of(run.options, run.processes.count)
-    if not run.options.kl and not run.options.hidden and not run.options.lm:
-        raise SignbitError("there is nothing to train for: give kl, hidden or lm a weight")
+    check_losses(run.options)
     if run.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
         raise SignbitError("the log needs tensorboard: pip install 'signbit[log]', or train without --tensorboard")
-    paths = [run.out, run.journal.directory]
+    _check_sources(run, run.journal)
+
+
+def check_export(run: Run, out: Path, written: Journal) -> None:
+    """Refuse to export the training of ``out`` to ``run.out``, by the journal ``written``, where that loses something.
+
+    Both places are emptied before they are written to.
+    """
+    for path in (run.out, written.directory):
+        if path.is_relative_to(out) or path.is_relative_to(run.journal.directory):
+            raise SignbitError(f"{run.out} belongs to the training of {out}: choose another directory to export to")
+    _check_sources(run, written)
+
+
+def _check_sources(run: Run, written: Journal) -> None:
+    """Refuse to write where what is read lies."""
     for given in (run.model, *filter(None, [run.options.start])):
-        if any(resolve(given).resolve().is_relative_to(path) for path in paths):
+        if any(resolve(given).resolve().is_relative_to(path) for path in (run.out, written.directory)):
             raise SignbitError(f"{given} lies in {run.out}, which is to be written: choose another directory")
+
+
+def check_losses(options: TrainingOptions, blocks: int | None = None) -> None:
+    """Refuse losses that nothing comes of, in a model of so many ``blocks`` if that is known."""
+    if options.kl or options.lm:
+        return
+    if not options.hidden:
+        raise SignbitError("there is nothing to train for: give kl, hidden or lm a weight")
+    if blocks == 1:
+        raise SignbitError(
+            "there is nothing to train for: hidden is a sum over all blocks but the last, and the model has one block: "
+            "give kl or lm a weight"
+        )
 
 
 def identity_of(run: Run, source: Source) -> dict[str, Any]:

@@ -105,8 +105,11 @@ class Windows:
     """The windows of a token file, by number; ``heldout`` and ``training`` are numbers."""
 
     def __init__(self, directory: Path, seqlen: int, heldout: int, seed: int) -> None:
-        tokens = np.memmap(directory / FILE, dtype="<i4", mode="r")
-        self.count, self.seqlen = len(tokens) // seqlen, seqlen
+        file = directory / FILE
+        self.count, self.seqlen = file.stat().st_size // 4 // seqlen, seqlen
+        if self.count <= heldout:  # never written so; empty files cannot even be mapped
+            raise SignbitError(f"{file} is damaged: start again with --overwrite")
+        tokens = np.memmap(file, dtype="<i4", mode="r")
         self._tokens = tokens[: self.count * seqlen].reshape(self.count, seqlen)
         self._seed = seed
         # The middle of each of as many equal parts.

@@ -37,6 +37,11 @@ class Coefficients(nn.Module):
         else:
             self.register_buffer("value", value)
 
+    @property
+    def largest(self) -> float:
+        """What ``value`` may be without being infinite in storage."""
+        return torch.finfo(self.dtype).max / self.unit
+
     def forward(self) -> Tensor:
         return rounded(self.value * self.unit, self.dtype)
 
@@ -81,6 +86,19 @@ class LatentLinear(nn.Module):
     def scales(self) -> list[nn.Parameter]:
         """Trained coefficients."""
         return [p for one in self.modules() if isinstance(one, Coefficients) for p in one.parameters()]
+
+    def limits(self) -> dict[str, float]:
+        """How large the entries of trained parameters may be for what they are packed as to be finite, by name."""
+        of_latents = self._largest_latent()
+        found = {name: of_latents for name, parameter in self.named_parameters() if parameter.requires_grad}
+        for name, one in self.named_modules():
+            if isinstance(one, Coefficients) and one.value.requires_grad:
+                found[f"{name}.value"] = one.largest
+        return found
+
+    def _largest_latent(self) -> float:
+        """Of a latent weight nothing is stored but its sign, unless scales are made of them."""
+        return torch.finfo(torch.float32).max
 
     def weight(self) -> Tensor:
         """[out, in] float32, differentiable."""

@@ -22,7 +22,7 @@ from signbit.progress import Progress
 from signbit.training.data import Windows
 from signbit.training.losses import cross_entropies, distillation
 from signbit.training.options import TrainingOptions
-from signbit.training.processes import Processes, accumulating, spread_model, whole
+from signbit.training.processes import Processes, accumulating, drop_unused, local, spread_model, whole
 from signbit.training.record import Record
 from signbit.training.snapshot import Snapshot, write_snapshot
 from signbit.training.states import Head, States, StatesOf
@@ -40,6 +40,8 @@ class Trainable:
     head: Head
     parameters: dict[str, nn.Parameter]
     scales: set[str]
+    # How large entries of parameters may be, by name.
+    limits: dict[str, float]
 
 
 class Loop:
@@ -58,11 +60,12 @@ class Loop:
     ) -> None:
         self.options, self.processes, self.windows, self.teacher = options, processes, windows, teacher
         self.directory, self.progress, self.log = directory, progress, log
-        self.head = student.head
+        self.head, self.limits = student.head, student.limits
         self.autocast = precision_of(options, processes.device)
         self.accumulation = accumulation_of(options, processes.count)
         names = list(student.parameters)
-        self.model = spread_model(student.states, student.states.blocks, processes, options.sharding)
+        self.states = student.states
+        self.model = spread_model(student.states, processes, options.sharding)
         # Sharding has put others in their place.
         now = dict(student.states.model.named_parameters())
         self.parameters = {name: now[name] for name in names}
@@ -74,19 +77,24 @@ class Loop:
         if snapshot is not None:
             self.record = snapshot.record
             snapshot.restore_optimizer(self.optimizer, self.parameters)
+            snapshot.close()  # the next one takes its place on disk
         options, tokens = self.options, self.options.batch * self.windows.seqlen
         if not self.record.heldout:
             self._evaluate()
+            self._stop_if_in_trouble(self.record.trouble())
         with self.progress.task("training", options.steps) as task:
             task.advance(self.record.steps)
             for step in range(self.record.steps, options.steps):
                 began = time.perf_counter()
                 self._step(step)
-                self._stop_if_in_trouble()
+                self._stop_if_in_trouble(self.record.trouble())
                 done = step + 1
                 if done % options.evaluate_every == 0 or done == options.steps:
                     self._evaluate()
+                    self._stop_if_in_trouble(self.record.trouble())
                 if done % options.snapshot_every == 0 or done == options.steps:
+                    # The loss was that of the weights before the step; these are to replace a good snapshot.
+                    self._stop_if_in_trouble(self._misfit())
                     write_snapshot(self.directory, self.parameters, self.optimizer, self.record, self.processes)
                 speed = tokens / (time.perf_counter() - began)
                 task.status(self._status(speed))
@@ -105,6 +113,7 @@ class Loop:
             with accumulating(self.model, part == self.accumulation - 1):
                 for name, value in self._backward(own).items():
                     sums[name] = sums.get(name, 0) + value / self.accumulation
+        drop_unused(list(self.parameters.values()), self.states, self.processes, self.options.sharding)
         trained = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         norm = nn.utils.clip_grad_norm_(trained, self.options.max_grad_norm or math.inf)
         means = self.processes.mean(torch.stack(list(sums.values()))).tolist()
@@ -143,10 +152,23 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
 
-    def _stop_if_in_trouble(self) -> None:
-        trouble = self.record.trouble()
+    def _misfit(self) -> str | None:
+        """The first parameter, by name, that has an entry that is not finite or too large to be packed; in all
+        processes the same one."""
+        outside = [
+            _exceeds(local(parameter.detach()), self.limits[name]) for name, parameter in self.parameters.items()
+        ]
+        anywhere = self.processes.mean(torch.stack(outside).float()).tolist()
+        for name, share in zip(self.parameters, anywhere, strict=True):
+            if share:
+                return f"{name} has entries that are NaN or too large to be stored: it diverges"
+        return None
+
+    def _stop_if_in_trouble(self, trouble: str | None) -> None:
         if trouble is None:
             return
+        if not self.record.steps:
+            raise SignbitError(f"{trouble} before the first step: give another start or another text")
         kept = (self.record.steps - 1) // self.options.snapshot_every * self.options.snapshot_every
         how = (
             f"the snapshot of step {kept} is kept: write it out with --export DIR and train on from it with --set "
@@ -170,7 +192,8 @@ class Loop:
             with torch.no_grad(), self.autocast:
                 losses.append(cross_entropies(self.model(ids)[1], ids, self.head)[0])
         every = self.processes.gather(torch.stack(losses)).T.flatten()[: len(heldout)]
-        perplexity = math.exp(min(float(every.mean()), 700.0))
+        mean = float(every.mean())
+        perplexity = math.exp(min(mean, 700.0)) if math.isfinite(mean) else mean
         self.record.heldout.append((self.record.steps, perplexity))
         self.progress.note(f"step {self.record.steps}: held-out perplexity {perplexity:,.4g}")
         self._log("heldout perplexity", perplexity)
@@ -182,6 +205,15 @@ class Loop:
     def _log(self, name: str, value: float) -> None:
         if self.log is not None:
             self.log(name, value, self.record.steps)
+
+
+def _exceeds(values: Tensor, limit: float) -> Tensor:
+    """Whether any of the values, perhaps none, is NaN or of a magnitude above ``limit``; on their device."""
+    if not values.numel():
+        return torch.zeros((), dtype=torch.bool, device=values.device)
+    low, high = torch.aminmax(values)
+    # NaN is not within anything.
+    return ~((low >= -limit) & (high <= limit))
 
 
 def rate(step: int, options: TrainingOptions) -> float:

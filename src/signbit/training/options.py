@@ -6,7 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[float, Field(gt=0)]
+# Nothing sensible is beyond, and float32 sums of what is below do not overflow at once.
+_LARGEST = 1e6
+
+Positive = Annotated[float, Field(gt=0, le=_LARGEST, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
+# The weight that AdamW gives what it has seen, step by step: with 1 it would never see anything else.
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class TrainingOptions(BaseModel):
@@ -43,21 +49,21 @@ class TrainingOptions(BaseModel):
     freeze_salient: bool = Field(True, description="salient weights stay as they are at the start")
 
     # The loss, each term a mean per token
-    kl: float = Field(1.0, ge=0, description="weight of KL(teacher || student) of the next token's distribution")
-    hidden: float = Field(
-        1.0, ge=0, description="weight of the squared distance of unit hidden states, summed over blocks"
+    kl: NotNegative = Field(1.0, description="weight of KL(teacher || student) of the next token's distribution")
+    hidden: NotNegative = Field(
+        1.0, description="weight of the squared distance of unit hidden states, summed over blocks"
     )
-    lm: float = Field(0.0, ge=0, description="weight of the text's own cross entropy")
+    lm: NotNegative = Field(0.0, description="weight of the text's own cross entropy")
     teacher_cache: bool = Field(False, description="keep the teacher's states on disk, for text that is seen often")
 
     # The optimizer: AdamW
     lr: Positive = Field(1e-4, description="peak learning rate of latent weights")
     scale_lr: Positive | None = Field(None, description="of scales and means; by default lr")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="of latent weights, as a fraction of the learning rate")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.98), description="of AdamW")
+    weight_decay: NotNegative = Field(0.0, description="of latent weights, as a fraction of the learning rate")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate after the warm-up")
-    max_grad_norm: float = Field(1.0, ge=0, description="the norm that gradients are clipped to; 0: not at all")
+    max_grad_norm: NotNegative = Field(1.0, description="the norm that gradients are clipped to; 0: not at all")
 
     # How it runs
     precision: Literal["auto", "float32", "bfloat16"] = Field(

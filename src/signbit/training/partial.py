@@ -129,6 +129,10 @@ class LatentPartial(LatentLinear):
         salient = self.salient if self.frozen else through(self.salient, self._coded()[2])
         return self.latent, self._scales(), mean, salient, self.places
 
+    def _largest_latent(self) -> float:
+        # A mean of magnitudes is no larger than the largest.
+        return torch.finfo(self.start.scales.dtype).max if self.optimal else super()._largest_latent()
+
     def packed_tensors(self) -> dict[str, Tensor]:
         n, m = self.start.shape
         if self.frozen:

@@ -34,12 +34,12 @@ class Record:
 
     def trouble(self) -> str | None:
         """What is wrong with the last step; None if nothing is."""
-        if not self.losses:
-            return None
         for name in ("loss", "gradient"):
-            value = self.losses[-1][name]
+            value = self.losses[-1][name] if self.losses else 0.0
             if not math.isfinite(value):
                 return f"the {name} is {value}"
+        if self.heldout and not math.isfinite(self.heldout[-1][1]):
+            return f"the held-out perplexity is {self.heldout[-1][1]}"
         recent = [step["loss"] for step in self.losses[-_PATIENCE:]]
         if len(self.losses) > _PATIENCE and min(recent) > _FACTOR * self.losses[0]["loss"]:
             return f"the loss has been above {_FACTOR:g} times its first value for {_PATIENCE} steps: it diverges"

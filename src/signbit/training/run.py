@@ -26,7 +26,7 @@ from signbit.calibration.text import SELF
 from signbit.calibration.tokens import check_seqlen
 from signbit.errors import SignbitError
 from signbit.inference import open_model
-from signbit.journal import Journal
+from signbit.journal import Journal, run_failed
 from signbit.memory import return_free_memory
 from signbit.pipeline import already_finished, quantize, target_of
 from signbit.progress import Progress, Silent
@@ -35,7 +35,7 @@ from signbit.report.quantization import QuantizationReport
 from signbit.safetensors_file import write_text
 from signbit.source import Source, remove_workspaces
 from signbit.training import data, record, student
-from signbit.training.arguments import Run, check, from_start, identity_of
+from signbit.training.arguments import Run, check, check_export, check_losses, from_start, identity_of
 from signbit.training.latent import LatentLinear
 from signbit.training.loop import Log, Loop, Trainable, precision_of, uses_bfloat16
 from signbit.training.processes import Processes
@@ -92,13 +92,11 @@ def train(
     )
     check(run)
     try:
+        processes.first(lambda: checkpoint.check_target(target, run.journal, resume=resume, overwrite=overwrite))
         with run.journal.locked() if processes.is_first else nullcontext():
             return _train(run, resume, overwrite)
     except OSError as error:
-        raise SignbitError(
-            f"writing to {run.journal.directory} failed: {error.strerror or error}. "
-            "The last snapshot is kept: make room and use --resume"
-        ) from error
+        raise run_failed(run.journal.directory, error, "--resume goes on from the last snapshot") from error
 
 
 def export_snapshot(
@@ -115,28 +113,40 @@ def export_snapshot(
 
     model: what is trained. recipe: by default the run's own; another is refused.
     """
-    journal = Journal(target_of(out))
-    identity = journal.identity() if journal.exists else {}
-    found = Snapshot.of(journal.directory) if "steps" in identity.get("recipe", {}) else None
-    if found is None:
-        raise SignbitError(f"{journal.directory} holds no snapshot of a training: there is nothing to export yet")
-    known = Recipe(identity["recipe"])
-    if recipe is not None:
-        journal.check(identity | {"recipe": from_start(recipe.for_model(str(model))).to_dict()})
-    assert known.training is not None
-    place = target_of(target)
-    run = Run(
-        str(model), place, known, known.training, journal, Processes("cpu"), progress or Silent(), trust_remote_code
-    )
+    place, journal = target_of(target), Journal(target_of(out))
     written = Journal(place)
-    checkpoint.check_target(place, written, resume=False, overwrite=overwrite)
+    try:
+        identity = journal.identity() if journal.exists else {}
+        known = Recipe(identity["recipe"]) if "steps" in identity.get("recipe", {}) else None
+        with _last_snapshot(journal) as found:
+            if found is None or known is None or known.training is None:
+                raise SignbitError(f"{journal.directory} holds no snapshot of a training: there is nothing to export")
+            if recipe is not None:
+                journal.check(identity | {"recipe": from_start(recipe.for_model(str(model))).to_dict()})
+            one, shown = Processes("cpu"), progress or Silent()
+            run = Run(str(model), place, known, known.training, journal, one, shown, trust_remote_code)
+            check_export(run, target_of(out), written)
+            checkpoint.check_target(place, written, resume=False, overwrite=overwrite)
+            return Trained(_export(run, found, written, identity["fingerprint"]), found.record)
+    except OSError as error:
+        raise run_failed(written.directory, error, "the training is as it was") from error
+
+
+def _export(run: Run, found: Snapshot, written: Journal, fingerprint: str) -> QuantizationReport:
     with written.locked(), run.source() as source:
-        if source.fingerprint != identity["fingerprint"]:
-            raise SignbitError(f"{journal.directory} was begun from another model than {model}")
-        written.start({"export": str(journal.directory)})
-        report = _assemble(run, source, found, written)
-        checkpoint.publish(written, place)
-    return Trained(report, found.record)
+        if source.fingerprint != fingerprint:
+            raise SignbitError(f"{run.journal.directory} was begun from another model than {run.model}")
+        written.start({"export": str(run.journal.directory)})
+        try:
+            report = _assemble(run, source, found, written)
+        except (SignbitError, OSError) as error:
+            # Nothing of an export is worth keeping.
+            written.discard()
+            if not run.journal.exists:
+                raise SignbitError("the training has ended meanwhile: take the checkpoint that it made") from error
+            raise
+        checkpoint.publish(written, run.out)
+    return report
 
 
 def _train(run: Run, resume: bool, overwrite: bool) -> Trained:
@@ -146,20 +156,20 @@ def _train(run: Run, resume: bool, overwrite: bool) -> Trained:
         return finished
     if run.out.exists() and not journal.exists:  # it was finished
         return _read(run.out)
-    found = Snapshot.of(journal.directory)
-    if found is None or found.record.steps < run.options.steps:
-        _learn(run, found)
-        return_free_memory()
+    with _last_snapshot(journal) as found:
+        if found is None or found.record.steps < run.options.steps:
+            _learn(run, found)
+            return_free_memory()
     return processes.first(lambda: _finish(run)) or _read(run.out)
 
 
 def _prepare(run: Run, resume: bool, overwrite: bool) -> Trained | None:
     """Everything up to the start and the text, by the first process; what there is if nothing is left to be done."""
     journal = run.journal
-    checkpoint.check_target(run.out, journal, resume=resume, overwrite=overwrite)
     remove_workspaces(run.out)
     with run.source() as source:
         check_seqlen(source.config, run.recipe.common.seqlen)
+        check_losses(run.options, len(find_blocks(source.skeleton)[1]))
         identity = identity_of(run, source)
         if resume and run.out.exists() and not overwrite:
             report = already_finished(run.out, identity)
@@ -201,13 +211,24 @@ def _learn(run: Run, found: Snapshot | None) -> None:
     if found is not None:
         found.restore("", model)
     dtype = torch.bfloat16 if uses_bfloat16(options, device) else torch.float32
-    states = StatesOf(model, blocks, hidden=options.hidden > 0, checkpointing=options.gradient_checkpointing)
+    states = StatesOf(
+        model,
+        blocks,
+        hidden=options.hidden > 0,
+        learning=bool(options.kl or options.lm),
+        checkpointing=options.gradient_checkpointing,
+    )
     probe = windows.ids([0])[:, :8].to(device)
     Head(model, torch.float32).check(states, probe)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    scales = {id(one) for module in model.modules() if isinstance(module, LatentLinear) for one in module.scales()}
+    latent = {name: module for name, module in model.named_modules() if isinstance(module, LatentLinear)}
+    scales = {id(one) for module in latent.values() for one in module.scales()}
     trainable = Trainable(
-        states, Head(model, dtype), parameters, {name for name, one in parameters.items() if id(one) in scales}
+        states,
+        Head(model, dtype),
+        parameters,
+        scales={name for name, one in parameters.items() if id(one) in scales},
+        limits={f"{at}.{name}": limit for at, module in latent.items() for name, limit in module.limits().items()},
     )
     teacher = _teacher(run, windows, blocks, dtype) if options.kl or options.hidden else None
     with _logging(run.tensorboard if processes.is_first else None) as log:
@@ -217,8 +238,8 @@ def _learn(run: Run, found: Snapshot | None) -> None:
 
 def _teacher(run: Run, windows: data.Windows, blocks: str, dtype: torch.dtype) -> Teacher:
     device, options = run.processes.device, run.options
-    model, _ = open_model(run.model, device=device.type, trust_remote_code=run.trust_remote_code)
-    model = model.to(dtype).requires_grad_(False)
+    model, _ = open_model(run.model, device=device.type, dtype=dtype, trust_remote_code=run.trust_remote_code)
+    model.requires_grad_(False)
     states = StatesOf(model, blocks, hidden=options.hidden > 0)
     cache = None
     if options.teacher_cache:
@@ -245,12 +266,19 @@ def _logging(directory: Path | None) -> Iterator[Log | None]:
 
 
 def _finish(run: Run) -> Trained:
-    found = Snapshot.of(run.journal.directory)
-    assert found is not None
-    with run.source() as source:
+    with _last_snapshot(run.journal) as found, run.source() as source:
+        assert found is not None
         report = _assemble(run, source, found, run.journal)
     checkpoint.publish(run.journal, run.out)
     return Trained(report, found.record)
+
+
+@contextmanager
+def _last_snapshot(journal: Journal) -> Iterator[Snapshot | None]:
+    """Held open, whatever becomes of the file."""
+    found = Snapshot.of(journal.directory)
+    with nullcontext() if found is None else closing(found):
+        yield found
 
 
 def _assemble(run: Run, source: Source, found: Snapshot, journal: Journal) -> QuantizationReport:

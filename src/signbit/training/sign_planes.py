@@ -115,6 +115,10 @@ class LatentSignPlanes(LatentLinear):
         columns = None if self.columns is None else self.columns()
         return self._planes(), self._scales(), mean, columns
 
+    def _largest_latent(self) -> float:
+        # A mean of magnitudes is no larger than the largest.
+        return torch.finfo(self.start.scales.dtype).max if self.optimal else super()._largest_latent()
+
     def packed_tensors(self) -> dict[str, Tensor]:
         coefficients = {"means": self.mean, "column_scales": self.columns}
         return {

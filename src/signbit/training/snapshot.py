@@ -7,6 +7,7 @@
 
 and, as metadata, the record of losses. Steps, learning rates and the order of the text follow from the number of steps
 done; nothing else is random. The file is replaced atomically: the last good snapshot is there until the next is whole.
+Who reads one holds it open, so that all of what is read is of one snapshot even if the run replaces it meanwhile.
 Parameters are whole in it, however many processes trained them, so any number can go on; of a sharded model one
 parameter at a time is put together.
 """
@@ -33,14 +34,26 @@ class Snapshot:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._stored, metadata = read_header(file)
-        self.record = Record.from_json(metadata.get("record", ""), file)
+        # Names, offsets and tensors must be of one file: another may be in its place at any time.
+        self._stream = file.open("rb")
+        try:
+            self._stored, metadata = read_header(file, self._stream)
+            self.record = Record.from_json(metadata.get("record", ""), file)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def of(cls, directory: Path) -> Snapshot | None:
         """The last one of a run; None if there is none yet."""
-        file = directory / FILE
-        return cls(file) if file.exists() else None
+        try:
+            return cls(directory / FILE)
+        except FileNotFoundError:
+            return None
+
+    def close(self) -> None:
+        """Let go of the file; one that was replaced takes room until then. The record stays."""
+        self._stream.close()
 
     def restore(self, prefix: str, module: nn.Module) -> None:
         """Put into ``module``, which stands at ``prefix`` ("" for the model), what was trained of it."""
@@ -62,7 +75,7 @@ class Snapshot:
         stored: StoredTensor | None = self._stored.get(name)
         if stored is None or stored.shape != tuple(shape):
             raise SignbitError(f"{self.file} does not fit the model ({name}): start again with --overwrite")
-        return read_tensor(stored)
+        return read_tensor(stored, self._stream)
 
 
 def write_snapshot(

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from signbit.errors import SignbitError
+from signbit.finite import all_finite
 
 
 @dataclass
@@ -33,16 +34,25 @@ class StatesOf(nn.Module):
     """``model`` without its head, returning :class:`States`'s fields; a module, so that it can be spread over
     processes.
 
-    blocks: the name of its list of decoder blocks. hidden: whether states behind blocks are asked for. checkpointing:
-    compute a block again in the backward pass instead of keeping what is inside it. The model stays in eval mode, so
-    dropout is off, as in the teacher.
+    blocks: the name of its list of decoder blocks. hidden: whether states behind blocks are asked for. learning:
+    whether the last state has a gradient; if no loss is taken of it, DDP would wait for one. checkpointing: compute a
+    block again in the backward pass instead of keeping what is inside it. The model stays in eval mode, so dropout is
+    off, as in the teacher.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: str, *, hidden: bool, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: str,
+        *,
+        hidden: bool,
+        learning: bool = True,
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model.eval()
         self.blocks = list(model.get_submodule(blocks).children())
-        self._hidden = hidden
+        self._hidden, self.learning = hidden, learning
         if checkpointing:
             for block in self.blocks:
                 _checkpoint(block)
@@ -50,7 +60,7 @@ class StatesOf(nn.Module):
     def forward(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
         with self._watching() as found:
             last = self.model.base_model(input_ids=ids, use_cache=False)[0]
-        return found, last
+        return found, last if self.learning else last.detach()
 
     @contextmanager
     def _watching(self) -> Iterator[list[Tensor]]:
@@ -107,8 +117,13 @@ class Head:
 
     @torch.no_grad()
     def check(self, states: StatesOf, ids: Tensor) -> None:
-        """SignbitError if the model's own logits for ``ids`` [1, tokens] are others."""
+        """SignbitError if the model's own logits for ``ids`` [1, tokens] are others, or no numbers."""
         wanted = states.model(input_ids=ids, use_cache=False).logits.float()
+        if not all_finite(wanted):
+            raise SignbitError(
+                f"{type(states.model).__name__} has logits that are NaN or infinite, where it starts or as its last "
+                "snapshot has it: start anew with --overwrite, from another start or with a lower lr"
+            )
         found = self(states(ids)[1])
         if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=0.05, atol=0.05 * float(wanted.std())):
             raise SignbitError(

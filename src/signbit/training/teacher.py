@@ -6,8 +6,9 @@ logits are computed again. Of a small text that is seen often, this saves the te
 (2 (blocks - 1) + 4) x width bytes a token, 36 kB in a model of 30 blocks of width 576.
 
 What is kept can be trusted after any kind of stop: a record is believed only if its checksum, in a file of its own, is
-there and right. And a run that goes on computes what the uninterrupted run did, to the bit: what is looked up and what
-is computed go through the same rounding.
+there and right. The files are read and written, not mapped: a full disk is then an error, where a process that has
+mapped a file dies of it (SIGBUS). And a run that goes on computes what the uninterrupted run did, to the bit: what is
+looked up and what is computed go through the same rounding.
 """
 
 from __future__ import annotations
@@ -70,15 +71,16 @@ class Cache:
         self._last = (seqlen, 0 if probe.last is None else probe.last.shape[-1])
         self._hidden_bytes = 2 * math.prod(self._hidden)
         size = self._hidden_bytes + 4 * math.prod(self._last)
-        self._data = _mapped(directory / "teacher.bin", windows, size)
-        self._sums = _mapped(directory / "teacher.sums", windows, 4).view("<u4").reshape(-1)
+        self._data = _Rows(directory / "teacher.bin", windows, size)
+        self._sums = _Rows(directory / "teacher.sums", windows, 4)
         _check_room(directory / "teacher.bin", windows * size)
 
     def read(self, number: int) -> States | None:
-        if not self._sums[number]:
+        checksum = self._sums.read(number)
+        if not checksum.any():
             return None
-        record = np.array(self._data[number])
-        return self._states(record) if _checksum(record) == self._sums[number] else None
+        record = self._data.read(number)
+        return self._states(record) if np.array_equal(_checksum(record), checksum) else None
 
     def write(self, number: int, states: States, place: int) -> States:
         """Keep sequence ``place`` of computed ``states``; returns them as :meth:`read` will."""
@@ -87,9 +89,9 @@ class Cache:
             assert states.last is not None
             parts.append(states.last[place].float().cpu())
         record = np.concatenate([part.contiguous().numpy().view(np.uint8).reshape(-1) for part in parts])
-        self._sums[number] = 0
-        self._data[number] = record
-        self._sums[number] = _checksum(record)
+        self._sums.write(number, np.zeros(4, np.uint8))
+        self._data.write(number, record)
+        self._sums.write(number, _checksum(record))
         return self._states(record)
 
     def _states(self, record: Record) -> States:
@@ -109,15 +111,36 @@ def _check_room(file: Path, nbytes: int) -> None:
         )
 
 
-def _mapped(file: Path, rows: int, width: int) -> Record:
-    """A file of bytes [rows, width], zero where nothing has been written."""
-    with file.open("ab") as stream:
-        stream.truncate(rows * width)
-    return np.memmap(file, dtype=np.uint8, mode="r+", shape=(rows, width))
+class _Rows:
+    """A file of bytes [rows, width], zero where nothing has been written; several processes may have it open.
+
+    Opened for each row: that is nothing beside what a row saves, and there is nothing to be closed in the end.
+    """
+
+    def __init__(self, file: Path, rows: int, width: int) -> None:
+        self._file, self._width = file, width
+        with file.open("ab") as stream:
+            stream.truncate(rows * width)
+
+    def read(self, row: int) -> Record:
+        with self._file.open("rb", buffering=0) as stream:
+            stream.seek(row * self._width)
+            data = bytearray(self._width)
+            view, done = memoryview(data), 0
+            while done < self._width and (count := stream.readinto(view[done:])):
+                done += count
+        return np.frombuffer(data, np.uint8)
+
+    def write(self, row: int, record: Record) -> None:
+        """OSError if there is no room."""
+        with self._file.open("r+b") as stream:
+            stream.seek(row * self._width)
+            stream.write(record.data)
 
 
-def _checksum(record: Record) -> int:
-    return zlib.crc32(record.data) or 1
+def _checksum(record: Record) -> Record:
+    """As four bytes, never all zero."""
+    return np.frombuffer((zlib.crc32(record.data) or 1).to_bytes(4, "little"), np.uint8)
 
 
 def _units(states: Tensor) -> Tensor:
