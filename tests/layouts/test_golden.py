@@ -10,7 +10,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from signbit.layouts import HaarPlanes, Integers, Layout, Partial, SignPlanes, SplitPlanes, Structured, describe
+from signbit.layouts import (
+    HaarPlanes,
+    Integers,
+    Layout,
+    Partial,
+    SignFactors,
+    SignPlanes,
+    SplitPlanes,
+    Structured,
+    describe,
+)
 from signbit.layouts.haar_planes import SalientPart
 from signbit.safetensors_file import copy_tensors, read_header
 
@@ -66,6 +76,40 @@ def test_sign_planes_in_bfloat16() -> None:
     layout = SignPlanes.encode(NEGATIVE.unsqueeze(0), scales, None, group_size=0)
     assert stored(layout) == {"signs": SIGN_BYTES, "scales": "803f" + "8049"}
     assert describe(layout)["scale_dtype"] == "bfloat16"
+
+
+def test_sign_factors() -> None:
+    # One path of rank 2: U is 3 x 2, V is 2 x 34.
+    outer = torch.tensor([[True, False], [False, True], [True, True]])
+    layout = SignFactors.encode(
+        out_negative=outer.unsqueeze(0),
+        in_negative=NEGATIVE.unsqueeze(0),
+        out_scales=torch.tensor([[1.0, 2.0, 0.5]], dtype=torch.float16),
+        rank_scales=torch.tensor([[4.0, 0.25]], dtype=torch.float16),
+        in_scales=None,
+    )
+    assert stored(layout) == {
+        "out_signs": "01000000" + "02000000" + "03000000",
+        "in_signs": SIGN_BYTES,
+        "out_scales": half(1.0, 2.0, 0.5),
+        "rank_scales": half(4.0, 0.25),
+    }
+    assert describe(layout) == {
+        "layout": "sign_factors",
+        "shape": [3, 34],
+        "rank": 2,
+        "paths": 1,
+        "out_scales": True,
+        "rank_scales": True,
+        "in_scales": False,
+        "scale_dtype": "float16",
+    }
+    # Column 0 of V is (-, +), column 1 (+, -), column 3 (+, +).
+    assert layout.dequantize()[:, [0, 1, 3]].tolist() == [
+        [4 + 0.25, -4 - 0.25, -4 + 0.25],
+        [2 * (-4 - 0.25), 2 * (4 + 0.25), 2 * (4 - 0.25)],
+        [0.5 * (4 - 0.25), 0.5 * (-4 + 0.25), 0.5 * (-4 - 0.25)],
+    ]
 
 
 def test_split_planes() -> None:

@@ -17,6 +17,17 @@ TILE_WEIGHTS = 1 << 20
 
 def matmul(x: Tensor, layout: Layout) -> Tensor:
     """``x @ W.T`` for x ``[..., in]`` and a packed W ``[out, in]``; the result has x's dtype, sums are in float32."""
+    total = None
+    for chain in layout.chains():
+        y = x if len(chain) == 1 else x.float()
+        for factor in chain:
+            y = _product(y, factor)
+        total = y if total is None else total + y
+    assert total is not None
+    return total.to(x.dtype)
+
+
+def _product(x: Tensor, layout: Layout) -> Tensor:
     out, width = layout.shape
     rows = max(1, TILE_WEIGHTS // width)
     flat = x.reshape(-1, width)

@@ -9,12 +9,13 @@ from signbit.layouts.base import Layout, LayoutSpec, TensorSpec, count_items
 from signbit.layouts.haar_planes import HaarPlanes
 from signbit.layouts.integers import Integers
 from signbit.layouts.partial import Partial
+from signbit.layouts.sign_factors import SignFactors
 from signbit.layouts.sign_planes import SignPlanes
 from signbit.layouts.split_planes import SplitPlanes
 from signbit.layouts.structured import Structured
 
 LAYOUTS: dict[str, type[Layout]] = {
-    layout.kind: layout for layout in (SignPlanes, SplitPlanes, HaarPlanes, Partial, Structured, Integers)
+    layout.kind: layout for layout in (SignPlanes, SplitPlanes, HaarPlanes, Partial, Structured, SignFactors, Integers)
 }
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Layout",
     "LayoutSpec",
     "Partial",
+    "SignFactors",
     "SignPlanes",
     "SplitPlanes",
     "Structured",

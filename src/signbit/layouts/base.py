@@ -142,6 +142,13 @@ class Layout(nn.Module):
         """The matrix (or some of its rows) in float32, exactly as the method decided on it."""
         raise NotImplementedError
 
+    def chains(self) -> list[tuple[Layout, ...]]:
+        """Layouts whose products, one after the other along each chain and summed over chains, are this one's.
+
+        Most are multiplied as they are.
+        """
+        return [(self,)]
+
     def check(self, name: str) -> None:
         """SignbitError, with the module's ``name``, if the content of the tensors contradicts the spec."""
 
