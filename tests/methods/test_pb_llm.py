@@ -8,6 +8,7 @@ from matrices import damped, half, hessian_of, random_factor, random_inputs, ran
 from signbit.calibration.hessian import Factor, factorize, quadratic
 from signbit.errors import SignbitError
 from signbit.layouts import Partial
+from signbit.layouts.bits import as_signs
 from signbit.layouts.positions import STRIP_ROWS
 from signbit.methods import pb_llm
 from signbit.methods.options import Feedback
@@ -33,8 +34,8 @@ def new_code(
 ) -> PartialCode:
     """One in which nothing is chosen yet, for salient weights [n, k]."""
     columns = salient.T.contiguous()
-    negative, q = torch.zeros_like(columns), torch.zeros_like(columns, dtype=torch.float32)
-    return PartialCode(negative, columns, q, levels, scale, mean, code_scale, code_offset)
+    level = torch.full_like(columns, 0.5, dtype=torch.float32)
+    return PartialCode(level, columns, levels, scale, mean, code_scale, code_offset)
 
 
 def salient_of(layout: Partial) -> Tensor:
@@ -177,7 +178,7 @@ def test_weights_beyond_the_range_take_its_end(mean: bool) -> None:
     scale, offset = fit_codes(weight, everything, everything, torch.ones(8), PBLLMOptions(code_bits=3, mean=mean))
     zero = torch.zeros_like(scale)
     code = new_code(everything, 4, zero, zero if mean else None, scale, offset)
-    code.choose(slice(None), 100 * weight.T)
+    code.choose(100 * weight.T)
     assert torch.allclose(code.values(), weight.sign(), atol=1e-3)
 
 
@@ -218,6 +219,7 @@ def test_two_tails_of_equal_weights_are_just_as_many(fraction: float) -> None:
     "options",
     [
         {},
+        {"scale_dtype": "bfloat16"},
         {"mean": False, "scale_dtype": "bfloat16"},
         {"code_scope": "group", "refits": 1, "passes": 1},
         {"code_scope": "group", "refits": 2, "mean": False, "salience": "error", "code_bits": 3},
@@ -263,13 +265,59 @@ def test_reassigned_weights_get_the_nearest_of_their_values(mean: bool, bits: in
 
 
 @pytest.mark.parametrize("mean", [False, True])
+def test_zero_is_positive_whatever_its_sign(mean: bool) -> None:
+    salient = torch.tensor([[True], [False]])
+    one, zero = torch.ones(2, dtype=torch.float16), torch.zeros(2, dtype=torch.float16)
+    code = new_code(salient, 4, one, zero if mean else None, one, zero if mean else None)
+    for weight in (0.0, -0.0):
+        assert code.assign(0, torch.full((2,), weight)).tolist() == [0.5, 1.0]
+        assert not code.negative.any() and not code.q.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_between_two_values_either_is_taken_and_beyond_all_the_last(dtype: torch.dtype) -> None:
+    one, middle = torch.ones(1, dtype=dtype), torch.full((1,), 2.0, dtype=dtype)
+    code = new_code(torch.tensor([[True, False]]), 4, one, middle, one, middle)
+    for weight in (-1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0):
+        assert abs(float(code.assign(0, torch.tensor([weight]))) - weight) == 0.5
+    for weight in (-3e4, -2.5, 6.5, 3e4):
+        assert float(code.assign(0, torch.tensor([weight]))) == (5.5 if weight > 2 else -1.5)
+    for weight in (-3e4, 1.9999999, 2.0, 3e4):
+        found = code.assign(1, torch.tensor([weight]))
+        assert float(found) == (3.0 if weight >= 2 else 1.0)
+        assert torch.equal(found, code.values()[:, 1]) and not code.q[1].any()
+
+
+def test_codes_that_are_all_alike_still_have_a_sign() -> None:
+    """Least squares can make a step of it."""
+    zero = torch.zeros(3, dtype=torch.float16)
+    code = new_code(torch.ones(3, 2, dtype=torch.bool), 128, zero, None, zero, None)
+    code.choose(torch.tensor([[-0.5, 0.0, 2.0], [1e-6, -1e-6, -3.0]]))
+    assert code.negative.T.tolist() == [[True, False], [False, True], [False, True]]
+    assert not code.q.any() and not code.values().any()
+
+
+def test_new_coefficients_count_at_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    salient = torch.rand(8, 12, generator=generator) < 0.3
+    one = torch.ones(8, dtype=torch.float16)
+    code = new_code(salient, 8, one, one, one, one)
+    weights = torch.randn(8, generator=generator)
+    code.assign(3, weights)
+    code.set_coefficients(torch.rand(4, 8, generator=generator))
+    fresh = new_code(salient, 8, code.scale, code.mean, code.code_scale, code.code_offset)
+    assert torch.equal(code.assign(3, weights), fresh.assign(3, weights))
+
+
+@pytest.mark.parametrize("mean", [False, True])
 def test_values_are_the_features_times_the_coefficients(mean: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     salient, negative = (torch.rand(8, 12, generator=generator) < share for share in (0.3, 0.5))
     zero = torch.zeros(8, dtype=torch.float16)
     middle = zero if mean else None
     code = new_code(salient, 8, zero, middle, zero, middle)
-    code.negative, code.q = negative.T, torch.randint(0, 8, (12, 8), generator=generator).float()
+    q = torch.randint(0, 8, (8, 12), generator=generator) * salient
+    code.level = (as_signs(negative) * (q + 0.5)).T
     coefficients = torch.rand(2 + 2 * mean, 8, generator=generator).half().float()
     code.set_coefficients(coefficients)
     assert torch.allclose(code.values(), torch.einsum("fn,fnk->nk", coefficients, code.features()), atol=1e-6)
@@ -310,7 +358,7 @@ def test_a_searched_range_has_less_error(mean: bool) -> None:
         scale, offset = fit_codes(weight, everything, everything, importance, options)
         zero = torch.zeros_like(scale)
         code = new_code(everything, 4, zero, zero if mean else None, scale, offset)
-        code.choose(slice(None), weight.T)
+        code.choose(weight.T)
         losses.append(((code.values() - weight).square() * importance).sum(1))
     assert (losses[1] <= losses[0]).all() and (losses[2] <= losses[1]).all()
     assert losses[1].sum() < 0.8 * losses[0].sum()

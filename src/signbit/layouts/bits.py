@@ -54,9 +54,14 @@ def unpack_signs(packed: Tensor, count: int) -> Tensor:
     return unpack_floats(packed, count, 1.0, -1.0)
 
 
+def as_floats(bits: Tensor) -> Tensor:
+    """Booleans as float32 zeros and ones; from bytes, which is several times faster on a CPU."""
+    return bits.view(torch.uint8).float()
+
+
 def as_signs(negative: Tensor) -> Tensor:
     """Booleans as float32 signs: -1 where ``negative``."""
-    return 1 - 2 * negative.float()
+    return as_floats(negative).mul_(-2).add_(1)
 
 
 def pack_integers(values: Tensor, bits: int) -> Tensor:

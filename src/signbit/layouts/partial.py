@@ -135,7 +135,7 @@ class Partial(Layout):
             shape=(n, m),
             group_size=group_size,
             mean=means is not None,
-            salient=int(salient.sum()),
+            salient=len(where.places),
             gap_bits=where.gap_bits,
             gaps=where.gaps,
             code_bits=code_bits,
@@ -147,7 +147,7 @@ class Partial(Layout):
             "scales": scales,
             "positions": where.stream,
             "ends": where.ends,
-            "codes": pack_integers(q[salient], code_bits - 1),
+            "codes": pack_integers(q.flatten()[where.places], code_bits - 1),
             "code_scales": code_scales,
         }
         if means is not None and code_offsets is not None:

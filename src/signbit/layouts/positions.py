@@ -38,38 +38,43 @@ class Positions:
     gap_bits: 0 for a bitmap; gaps: how many gaps are stored, escapes included; stream: uint8, the bitmap
     [n, packed_width(m)] or the gaps [gap_bits, packed_width(gaps)]; ends: int32 [strips, 1 or 2], how many marked
     weights, and how many gaps unless it is a bitmap, there are up to the end of each strip.
+
+    places, which is not stored: the marked weights as i m + j, int64, ascending.
     """
 
     gap_bits: int
     gaps: int
     stream: Tensor
     ends: Tensor
+    places: Tensor
 
 
 def encode(marked: Tensor) -> Positions:
     """The smallest storage of bool ``[n, m]``."""
     n, m = marked.shape
-    row, column = marked.nonzero().unbind(1)
-    strip = row // STRIP_ROWS
-    place = (row % STRIP_ROWS) * m + column
-    before = torch.where(strip == strip.roll(1), place.roll(1), -1)
-    before[:1] = -1
-    gap = place - before - 1
+    width = STRIP_ROWS * m
+    places = marked.flatten().nonzero().squeeze(1)
+    strip = places // max(width, 1)
+    before = torch.nn.functional.pad(places[:-1], (1, 0), value=-1)[: len(places)]
+    gap = places - before.maximum(strip * width - 1) - 1
     per_strip = torch.bincount(strip, minlength=strip_count(n))
+    counts = torch.bincount(gap)
+    lengths = torch.arange(len(counts), device=marked.device)
     sizes = {
-        bits: bits * packed_width(len(gap) + int((gap // _escape(bits)).sum())) for bits in range(2, MAX_GAP_BITS + 1)
+        bits: bits * packed_width(len(gap) + int((counts * (lengths // _escape(bits))).sum()))
+        for bits in range(2, MAX_GAP_BITS + 1)
     }
     gap_bits = min(sizes, key=lambda bits: sizes[bits])
     if n * packed_width(m) <= sizes[gap_bits] + 4 * strip_count(n):
-        return Positions(0, 0, pack_bits(marked), per_strip.cumsum(0).int().unsqueeze(1))
+        return Positions(0, 0, pack_bits(marked), per_strip.cumsum(0).int().unsqueeze(1), places)
     escapes = gap // _escape(gap_bits)
     last = (escapes + 1).cumsum(0) - 1
     count = len(gap) + int(escapes.sum())
     symbols = torch.full((count,), _escape(gap_bits), dtype=torch.int32, device=marked.device)
-    symbols[last] = (gap % _escape(gap_bits)).int()
+    symbols[last] = (gap - escapes * _escape(gap_bits)).int()
     gaps_per_strip = per_strip + torch.zeros_like(per_strip).index_add_(0, strip, escapes)
     ends = torch.stack([per_strip, gaps_per_strip], dim=1).cumsum(0).int()
-    return Positions(gap_bits, count, pack_integers(symbols, gap_bits), ends)
+    return Positions(gap_bits, count, pack_integers(symbols, gap_bits), ends, places)
 
 
 def decode_bitmap(stream: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -88,8 +93,9 @@ def decode_gaps(planes: Tensor, start: int, stop: int, per_strip: Tensor) -> tup
     first = per_strip.cumsum(0) - per_strip
     before = torch.nn.functional.pad(passed, (1, 0)).index_select(0, first)
     strips = torch.arange(len(per_strip), device=planes.device)
-    strip = strips.repeat_interleave(per_strip, output_size=stop - start)[marks]
-    return strip, passed[marks] - before.index_select(0, strip) - 1
+    found = marks.nonzero().squeeze(1)
+    strip = strips.repeat_interleave(per_strip, output_size=stop - start).index_select(0, found)
+    return strip, passed.index_select(0, found) - before.index_select(0, strip) - 1
 
 
 def _escape(gap_bits: int) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signbit.layouts.bits import as_signs
+from signbit.layouts.bits import as_floats, as_signs
 
 
 @dataclass
@@ -37,7 +37,7 @@ def binarize(weight: Tensor, member: Tensor | None, mean: bool, dtype: torch.dty
     Rows without members get scale 0. Signs are given for all entries; only members' mean anything.
     """
     # A mask of zeros and ones times the weights is many times faster than filling under a boolean mask.
-    mask = torch.ones_like(weight) if member is None else member.float()
+    mask = torch.ones_like(weight) if member is None else as_floats(member)
     count = mask.sum(1).clamp_(min=1)
 
     def average(x: Tensor) -> Tensor:

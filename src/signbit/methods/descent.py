@@ -25,7 +25,7 @@ from signbit.calibration.hessian import Factor
 if TYPE_CHECKING:
     from signbit.methods.sweep import GroupCode
 
-# Columns between two updates of the rest of a group in column-by-column work (GPTQ's lazy batch).
+# Columns that what was changed before them reaches in one matrix product (GPTQ's lazy batch).
 LAZY_COLUMNS = 32
 # Ridge on the normal equations, relative to their diagonal: features that are zero, or alike, must do no harm.
 _RIDGE = 1e-6
@@ -64,17 +64,21 @@ def descend_on(weight: Tensor, hessian: Tensor, groups: list[slice], codes: Sequ
 def _choose_again(product: Tensor, metric: Tensor, code: GroupCode) -> None:
     """One round over the columns of one group; product: t H_bb [n, k] for the target t that the group has.
 
-    Each column's gradient is up to date when its turn comes, and out of date afterwards.
+    As in the sweep, a column takes what the changes of those before it have for it when its turn comes.
     """
     values = code.values()
-    gradient = (product - values @ metric).T.contiguous()
+    diagonal = metric.diagonal().unsqueeze(1)
+    gradient = (product - values @ metric).T
     values = values.T.contiguous()
-    k = len(metric)
-    for start in range(0, k, LAZY_COLUMNS):
-        stop = min(start + LAZY_COLUMNS, k)
-        changes = torch.empty_like(values[start:stop])
-        for j in range(start, stop):
-            change = changes[j - start]
-            torch.sub(code.assign(j, values[j] + gradient[j] / metric[j, j]), values[j], out=change)
-            gradient[j + 1 : stop].addr_(metric[j, j + 1 : stop], change, alpha=-1)
-        gradient[stop:].addmm_(metric[stop:, start:stop], changes, alpha=-1)
+    targets = torch.addcdiv(values, gradient, diagonal)
+    changes = torch.zeros_like(values)
+    shares = (metric / -diagonal).tril(-1)
+    for start in range(0, len(values), LAZY_COLUMNS):
+        batch = slice(start, start + LAZY_COLUMNS)
+        targets[batch].addmm_(shares[batch, :start], changes[:start])
+        own = changes[batch].T
+        columns = zip(
+            *(x[batch].unbind() for x in (targets, values, changes)), shares[batch, batch].unbind(), strict=True
+        )
+        for j, (target, value, change, share) in enumerate(columns, start):
+            torch.sub(code.assign(j, target.addmv_(own, share)), value, out=change)

@@ -46,12 +46,12 @@ from torch import Tensor
 
 from signbit.calibration.hessian import Factor
 from signbit.layouts import Partial
-from signbit.layouts.base import select
-from signbit.layouts.bits import as_signs
-from signbit.layouts.partial import MAX_CODE_BITS, ordinary_values, salient_values
+from signbit.layouts.bits import as_floats, as_signs
+from signbit.layouts.partial import MAX_CODE_BITS, salient_values
 from signbit.methods.binarize import binarize
 from signbit.methods.options import Feedback, Method, SweepOptions
 from signbit.methods.salience import salience
+from signbit.methods.sorting import kth_smallest
 from signbit.methods.sweep import sweep
 from signbit.timing import phase
 
@@ -59,6 +59,8 @@ from signbit.timing import phase
 _ERROR_ROUNDS = 3
 # The narrowest range that the search tries, as a fraction of that from the least to the greatest weight.
 _NARROWEST = 0.4
+# A weight of any sensible size times this is above -1 and below 1.
+_SIGN_ONLY = 2.0**-60
 
 
 class PBLLMOptions(SweepOptions):
@@ -88,15 +90,15 @@ class PBLLMOptions(SweepOptions):
 
 @dataclass
 class PartialCode:
-    """One group: negative, salient bool and q float32 [k, n], q whole, below ``levels``, and of meaning where salient.
-    Coefficients [n] in storage dtype; mean and code_offset are both there or both None.
+    """One group: level float32 and salient bool [k, n]. A level is s (q + 1/2), with q below ``levels``; where a weight
+    is not salient, q is 0 and the level half a sign.
 
-    Columns come first, so that the column-by-column work is on runs of memory.
+    Coefficients [n] in storage dtype; mean and code_offset are both there or both None. Columns come first, so that the
+    column-by-column work is on runs of memory.
     """
 
-    negative: Tensor
+    level: Tensor
     salient: Tensor
-    q: Tensor
     levels: int
     scale: Tensor
     mean: Tensor | None
@@ -104,54 +106,76 @@ class PartialCode:
     code_offset: Tensor | None
 
     def __post_init__(self) -> None:
-        self._scale, self._step = self.scale.float(), self.code_scale.float()
-        # The middles of the two kinds of values, if they have any.
-        self._middles = None
-        if self.mean is not None and self.code_offset is not None:
-            self._middles = self.mean.float(), self.code_offset.float()
-        # A row whose codes are all alike has step 0: any q will do.
-        self._per_step = torch.where(self._step >= torch.finfo(torch.float32).tiny, 1 / self._step, 0.0)
+        self._half = torch.tensor(0.5)
+        self._rows: list[tuple[Tensor, ...]] | None = None
+
+    @property
+    def negative(self) -> Tensor:
+        return self.level < 0
+
+    @property
+    def q(self) -> Tensor:
+        return self.level.abs() - 0.5
 
     def values(self) -> Tensor:
-        # The layout's own sums, so that packing changes nothing.
-        mean, offset = self._middles or (None, None)
-        signs = as_signs(self.negative)
-        ordinary = ordinary_values(signs, self._scale, mean)
-        coded = salient_values(signs, self.q, self._step, offset)
-        return select(self.salient.float(), (ordinary, coded)).T
+        # Bit for bit the layout's sums, so that packing changes nothing: halves of a doubled scale are exact.
+        step, _, *middle = self._tables()
+        values = step.mul_(self.level)
+        return (values.add_(middle[0]) if middle else values).T
 
     def assign(self, column: int, weights: Tensor) -> Tensor:
-        return self.choose(column, weights)
+        if self._rows is None:
+            self._rows = list(zip(*(table.unbind() for table in (self.level, *self._tables())), strict=True))
+        level, step, *others = self._rows[column]
+        if column == len(self.level) - 1:
+            self._rows = None  # not to be kept longer than a round over the columns
+        self._choose(level, weights, *others)
+        values = level * step
+        return values.add_(others[1]) if self.mean is not None else values
 
-    def choose(self, columns: int | slice, weights: Tensor) -> Tensor:
-        """The nearest values to the weights [..., n] of one column or some. copysign gives what the layout's sums do,
-        in fewer operations."""
-        salient, q = self.salient[columns], self.q[columns]
-        deviation = weights + 0.0  # -0.0 is not negative
-        if self._middles is not None:
-            middle = torch.where(salient, self._middles[1], self._middles[0])
-            deviation -= middle
-        torch.lt(deviation, 0, out=self.negative[columns])
-        torch.floor((deviation.abs() * self._per_step).clamp_(max=self.levels - 1), out=q)
-        values = torch.where(salient, (q + 0.5).mul_(self._step), self._scale).copysign_(deviation)
-        return values if self._middles is None else values.add_(middle)
+    def choose(self, weights: Tensor) -> None:
+        """The nearest values to the weights [k, n] of all columns."""
+        self._choose(self.level, weights, *self._tables()[1:])
+
+    def _choose(self, level: Tensor, weights: Tensor, per_step: Tensor, middle: Tensor | None = None) -> None:
+        """The nearest value of a weight is the middle of its step, floor + 1/2, unless that is beyond the last."""
+        if middle is None:
+            torch.mul(weights, per_step, out=level)
+        else:
+            torch.sub(weights, middle, out=level).mul_(per_step)
+        level.floor_().clamp_(-self.levels, self.levels - 1).add_(self._half)
+
+    def _tables(self) -> list[Tensor]:
+        """[k, n] each: the size of a step, how many steps there are to one, and the middles if there are any.
+
+        So little of a step that floor sees only the sign stands for two cases that have but a sign to choose: weights
+        that are not salient, and codes of a row with step 0, whose values are all alike.
+        """
+        step = self.code_scale.float()
+        per_step = torch.where(step >= torch.finfo(torch.float32).tiny, 1 / step, _SIGN_ONLY)
+        pairs = [(2 * self.scale.float(), step), (torch.full_like(step, _SIGN_ONLY), per_step)]
+        if self.mean is not None and self.code_offset is not None:
+            pairs.append((self.mean.float(), self.code_offset.float()))
+        # lerp is exact at both ends, and many times faster than torch.where.
+        salient = as_floats(self.salient)
+        return [torch.lerp(ordinary, coded, salient) for ordinary, coded in pairs]
 
     def features(self) -> Tensor:
-        signs, salient = as_signs(self.negative), self.salient.float()
+        salient = as_floats(self.salient)
         rest = 1 - salient
-        features = [signs * rest, signs * (self.q + 0.5) * salient]
-        if self._middles is not None:
+        features = [2 * self.level * rest, self.level * salient]
+        if self.mean is not None:
             features += [rest, salient]
         return torch.stack(features).mT
 
     def set_coefficients(self, coefficients: Tensor) -> None:
         dtype = self.scale.dtype
-        turned = coefficients[:2] < 0
-        self.negative ^= torch.where(self.salient, turned[1], turned[0])
+        self._rows = None
+        signs = as_signs(coefficients[:2] < 0)
+        self.level *= torch.where(self.salient, signs[1], signs[0])
         self.scale, self.code_scale = coefficients[:2].abs().to(dtype)
-        if self._middles is not None:
+        if self.mean is not None:
             self.mean, self.code_offset = coefficients[2:].to(dtype)
-        self.__post_init__()
 
 
 def find_all_salient(weight: Tensor, diagonal: Tensor, size: int, options: PBLLMOptions) -> Tensor:
@@ -186,15 +210,18 @@ def most(scores: Tensor, fraction: float) -> Tensor:
     count = round(fraction * len(flat))
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = flat.kthvalue(len(flat) - count + 1).values
-    above, tied = flat > threshold, flat == threshold
-    return (above | (tied & (tied.cumsum(0) <= count - above.sum()))).view_as(scores)
+    threshold = kth_smallest(flat, len(flat) - count + 1)
+    found = flat > threshold
+    tied = (flat == threshold).nonzero().squeeze(1)
+    found[tied[: count - int(found.sum())]] = True
+    return found.view_as(scores)
 
 
 def fit_codes(
-    weight: Tensor, within: Tensor, salient: Tensor, importance: Tensor, options: PBLLMOptions
+    weight: Tensor, within: Tensor | None, salient: Tensor, importance: Tensor, options: PBLLMOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """Step 2: scale and offset of codes for each row of ``weight`` [n, k], from the range of the weights ``within``.
+    """Step 2: scale and offset of codes for each row of ``weight`` [n, k], from the range of the weights ``within``;
+    None: all.
 
     Of ``range_candidates`` ranges around the same middle, down to a part of it, the one with the least squared error of
     the salient weights is taken, columns counting by their ``importance`` [k]. Rows without any get zeros.
@@ -217,13 +244,16 @@ def fit_codes(
     return best, offset
 
 
-def _range(weight: Tensor, within: Tensor, options: PBLLMOptions) -> tuple[Tensor | None, Tensor]:
+def _range(weight: Tensor, within: Tensor | None, options: PBLLMOptions) -> tuple[Tensor | None, Tensor]:
     """Middle, in storage dtype, and width of the range of each row's weights ``within``; without a mean around zero."""
     if not options.mean:
-        return None, 2 * (weight * within).abs().amax(1)
-    some = within.any(1)
-    low = torch.where(some, weight.masked_fill(~within, torch.inf).amin(1), 0.0)
-    high = torch.where(some, weight.masked_fill(~within, -torch.inf).amax(1), 0.0)
+        return None, 2 * (weight if within is None else weight * within).abs().amax(1)
+    if within is None:
+        low, high = weight.amin(1), weight.amax(1)
+    else:
+        some = within.any(1)
+        low = torch.where(some, weight.masked_fill(~within, torch.inf).amin(1), 0.0)
+        high = torch.where(some, weight.masked_fill(~within, -torch.inf).amax(1), 0.0)
     return ((low + high) / 2).to(options.storage), high - low
 
 
@@ -238,7 +268,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: PBLLMOptions) -> Pa
     of_rows = None
     if options.code_scope == "row":
         with phase("fit"):
-            of_rows = fit_codes(weight, torch.ones_like(salient), salient, diagonal**-2, options)
+            of_rows = fit_codes(weight, None, salient, diagonal**-2, options)
 
     def quantize_group(block: Tensor, columns: slice) -> PartialCode:
         original, marked = weight[:, columns], salient[:, columns]
@@ -246,9 +276,10 @@ def quantize(weight: Tensor, factor: Factor | None, options: PBLLMOptions) -> Pa
             codes = of_rows or fit_codes(original, marked, marked, diagonal[columns] ** -2, options)
             rest = binarize(original, ~marked, options.mean, options.storage)
             chosen, levels = marked.T.contiguous(), 2 ** (options.code_bits - 1)
-            negative, q = torch.zeros_like(chosen), torch.zeros_like(chosen, dtype=torch.float32)
-            code = PartialCode(negative, chosen, q, levels, rest.scale, rest.mean, *codes)
-            code.choose(slice(None), block.T)
+            level = torch.full_like(chosen, 0.5, dtype=torch.float32)
+            code = PartialCode(level, chosen, levels, rest.scale, rest.mean, *codes)
+            if options.feedback != "column":  # else the sweep chooses
+                code.choose(block.T)
         return code
 
     codes = sweep(weight, factor, size, quantize_group, options)

@@ -87,7 +87,7 @@ def sweep(
         with phase("sweep"):
             error = _group_error(work[:, columns], factor, columns, code, options)
             if error is not None and columns.stop < m:
-                work[:, columns.stop :] -= error @ factor.upper[columns, columns.stop :]
+                work[:, columns.stop :].addmm_(error, factor.upper[columns, columns.stop :], alpha=-1)
     if options.passes:
         with phase("descent"):
             descend(weight, factor, groups, cast(list[GroupCode], codes), options.passes)
@@ -103,43 +103,47 @@ def groups_of(columns: int, group_size: int) -> list[slice]:
 def _group_error(
     weight: Tensor, factor: Factor, columns: slice, code: GroupValues, options: SweepOptions
 ) -> Tensor | None:
-    """Settle the code of one group with weights [n, k]; the error E that it passes on."""
+    """Settle choices and coefficients of one group with weights [n, k], in turns; the error E that it passes on."""
     if options.feedback == "none":
         return None
     upper, root = factor.upper[columns, columns], factor.inverse[columns, columns]
-    if options.feedback == "column" or options.refits:
-        _settle(weight, upper, root, cast(GroupCode, code), options)
-    error = weight - code.values()
-    return error / upper.diagonal() if options.feedback == "diagonal" else error @ root
-
-
-def _settle(weight: Tensor, upper: Tensor, root: Tensor, code: GroupCode, options: SweepOptions) -> None:
-    """Choices and coefficients of one group in turns."""
     by_column = options.feedback == "column"
-    if by_column:
-        _quantize_columns(weight, upper, code)
+    error = _quantize_columns(weight, upper, cast(GroupCode, code)) if by_column else None
     if options.refits:
         metric = root @ root.T
         product = weight @ metric
     for _ in range(options.refits):
-        code.set_coefficients(least_squares(code.features(), product, metric))
+        settled = cast(GroupCode, code)
+        settled.set_coefficients(least_squares(settled.features(), product, metric))
         if by_column:
-            _quantize_columns(weight, upper, code)
+            error = _quantize_columns(weight, upper, settled)
         else:
-            for j in range(weight.shape[1]):
-                code.assign(j, weight[:, j])
+            for j, column in enumerate(weight.unbind(1)):
+                settled.assign(j, column)
+    if error is not None:
+        return error
+    difference = weight - code.values()
+    return difference / upper.diagonal() if options.feedback == "diagonal" else difference @ root
 
 
-def _quantize_columns(weight: Tensor, upper: Tensor, code: GroupCode) -> None:
-    """Quantize the columns of one group [n, k] one by one, each passing its error on to those after it."""
-    k = weight.shape[1]
+def _quantize_columns(weight: Tensor, upper: Tensor, code: GroupCode) -> Tensor:
+    """Quantize the columns of one group [n, k] one by one, each passing its error on to those after it; the error E.
+
+    Passing on is left to the receiver: when its turn comes, a column takes what all before it have for it, in one
+    product. That writes one column where handing out would write all that follow.
+    """
     work = weight.T.contiguous()
-    for start in range(0, k, LAZY_COLUMNS):
-        stop = min(start + LAZY_COLUMNS, k)
-        errors = torch.empty_like(work[start:stop])
-        for j in range(start, stop):
-            error = errors[j - start]
-            torch.sub(work[j], code.assign(j, work[j]), out=error)
-            error /= upper[j, j]
-            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
-        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    changes = torch.zeros_like(work)
+    diagonal = upper.diagonal().unsqueeze(1)
+    # Column j takes -U_ij / U_ii of the change of column i.
+    shares = (upper / -diagonal).triu(1).T.contiguous()
+    for start in range(0, len(work), LAZY_COLUMNS):
+        batch = slice(start, start + LAZY_COLUMNS)
+        work[batch].addmm_(shares[batch, :start], changes[:start])
+        own = changes[batch].T
+        columns = zip(work[batch].unbind(), shares[batch, batch].unbind(), changes[batch].unbind(), strict=True)
+        for j, (column, share, change) in enumerate(columns, start):
+            column.addmv_(own, share)
+            torch.sub(column, code.assign(j, column), out=change)
+    # What this adds up to is (W - Q) U^-1, the formula for a block.
+    return changes.div_(diagonal).T
