@@ -325,3 +325,18 @@ def test_the_stub_is_two_lines(packed_dir: MakeDir) -> None:
     assert auto_map == {"AutoModelForCausalLM": "modeling_signbit.MixtralForCausalLM"}
     lines = (packed / "modeling_signbit.py").read_text().splitlines()
     assert [line.split("  #")[0] for line in lines] == ["import signbit", "from transformers import MixtralForCausalLM"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_packed_tensors_are_where_the_file_is_mapped(packed_dir: MakeDir) -> None:
+    """Loading copies nothing: the system reads what is used, keeps one copy for all processes, and may drop it."""
+    directory = packed_dir("llama")
+    model = signbit.load(directory)[0]
+    mapped = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        if line.endswith(str(directory / "model.safetensors"))
+    ]
+    packed = [tensor for name, tensor in model.named_buffers() if ".packed." in name]
+    assert packed
+    assert all(any(start <= tensor.data_ptr() < end for start, end in mapped) for tensor in packed)

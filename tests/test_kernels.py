@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from signbit.kernels import matmul, reference
+from signbit import kernels
+from signbit.kernels import reference
+from signbit.kernels.reference import matmul
 from signbit.layouts import HaarPlanes, Integers, Layout, Partial, SignPlanes, SplitPlanes, Structured
 from signbit.layouts.haar_planes import SalientPart
 from signbit.methods.pruning import keep_best
@@ -162,8 +164,8 @@ def test_the_tile_size_does_not_matter(make: Make, tile: int, monkeypatch: pytes
 
 def test_quantized_linear_adds_its_bias() -> None:
     layout, bias, x = split_planes(100, 72), random(100), random(2, 3, 72)
-    assert torch.equal(QuantizedLinear(layout, bias)(x), matmul(x, layout) + bias)
-    assert torch.equal(QuantizedLinear(layout)(x), matmul(x, layout))
+    assert torch.equal(QuantizedLinear(layout, bias)(x), kernels.matmul(x, layout) + bias)
+    assert torch.equal(QuantizedLinear(layout)(x), kernels.matmul(x, layout))
 
 
 def test_a_bias_of_another_dtype_does_not_change_the_output_dtype() -> None:

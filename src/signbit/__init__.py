@@ -5,6 +5,7 @@
     signbit.load(directory)                (model, tokenizer), packed
     signbit.evaluate(model, ...)           perplexity, divergence from the original
     signbit.inspect(directory)             honest bits, itemised
+    signbit.set_activations(model, "int8") round activations to 8 bits, for speed
 
 Importing signbit registers it with transformers, so that ``AutoModelForCausalLM.from_pretrained`` loads its
 checkpoints.
@@ -15,6 +16,7 @@ from signbit.accounting import inspect
 from signbit.checkpoint import load
 from signbit.errors import SignbitError
 from signbit.evaluation import evaluate
+from signbit.modules import set_activations
 from signbit.pipeline import quantize
 from signbit.recipe import Recipe, presets
 from signbit.training.run import export_snapshot, train
@@ -30,6 +32,7 @@ __all__ = [
     "load",
     "presets",
     "quantize",
+    "set_activations",
     "train",
 ]
 

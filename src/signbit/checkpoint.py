@@ -299,5 +299,4 @@ def load(
     left = [name for name in stored if ".packed." in name and name not in used]
     if left:
         raise SignbitError(f"{path}: the packed tensor {left[0]} was not used by {type(model).__name__}")
-    check_layouts(model)
     return model.eval(), load_tokenizer(str(path), directory, trust_remote_code=trust_remote_code)

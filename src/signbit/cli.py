@@ -17,9 +17,11 @@ import huggingface_hub
 import transformers
 
 from signbit import accounting, console, inference
+from signbit.bench import MAKERS, bench_decode, bench_kernels, tables
 from signbit.errors import SignbitError
 from signbit.evaluation import evaluate
 from signbit.methods import METHODS
+from signbit.modules import ACTIVATIONS
 from signbit.pipeline import quantize
 from signbit.recipe import CommonOptions, Recipe, parse_overrides, presets
 from signbit.report.quantization import QuantizationReport
@@ -31,6 +33,13 @@ from signbit.version import __version__
 
 _device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 _trust = click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with the model.")
+_activations = click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    default="exact",
+    show_default=True,
+    help="int8 rounds what packed matrices are multiplied with, for speed (CPU kernels).",
+)
 _json = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout.")
 
 
@@ -143,6 +152,7 @@ def _print_report(report: QuantizationReport, out: Path) -> None:
 @click.option("--windows", type=int, help="Only the first so many windows.")
 @click.option("--against", metavar="ORIGINAL", help="Also the divergence from this model.")
 @_device
+@_activations
 @_trust
 @_json
 def eval_command(model: str, perplexity: tuple[str, ...], json_file: str | None, **options: Any) -> None:
@@ -180,10 +190,53 @@ def inspect_command(model: str, json_file: str | None) -> None:
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @_device
+@_activations
 @_trust
 def generate_command(model: str, prompt: str, **options: Any) -> None:
     """Continue PROMPT with MODEL; the new text goes to stdout."""
     click.echo(inference.generate(model, prompt, **options))
+
+
+@app.group("bench")
+def bench_group() -> None:
+    """How fast this machine is with packed weights."""
+
+
+def _parse_shape(ctx: Any, option: Any, shapes: tuple[str, ...]) -> list[tuple[int, int]]:
+    try:
+        return [(int(rows), int(columns)) for rows, columns in (shape.split("x") for shape in shapes)]
+    except ValueError as error:
+        raise click.BadParameter("a shape is ROWSxCOLUMNS, as 11008x4096") from error
+
+
+@bench_group.command("kernels")
+@click.option("--matrix", "names", multiple=True, metavar="NAME", help=f"{', '.join(MAKERS)}; by default all.")
+@click.option("--shape", "shapes", multiple=True, callback=_parse_shape, metavar="ROWSxCOLUMNS")
+@click.option("--batch", "batches", type=int, multiple=True, help="Tokens at a time; 1 by default.")
+@click.option("--switch-over", is_flag=True, help="Also: from which batch on unpacking is faster.")
+@_json
+def bench_kernels_command(json_file: str | None, **options: Any) -> None:
+    """Products with random packed matrices, against the speed of memory and dense products."""
+    result = bench_kernels(progress=console.ConsoleProgress(), **options)
+    for table in tables.kernel_tables(result):
+        console.console.print(table)
+    _write_json(result, json_file)
+
+
+@bench_group.command("decode")
+@click.argument("model")
+@click.option("--against", metavar="ORIGINAL", help="Another model to take turns with, in bfloat16.")
+@_activations
+@click.option("--tokens", type=int, default=64, show_default=True)
+@click.option("--prompt-tokens", type=int, default=32, show_default=True)
+@_trust
+@_json
+def bench_decode_command(model: str, json_file: str | None, **options: Any) -> None:
+    """MODEL writing: tokens per second, time to load, memory, and what the kernels take of it."""
+    result = bench_decode(model, **options)
+    for table in tables.decode_tables(result):
+        console.console.print(table)
+    _write_json(result, json_file)
 
 
 @app.command("methods")

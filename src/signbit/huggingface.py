@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from signbit import checkpoint
 from signbit.architectures import dense_shape, replace_module, unfuse_experts
+from signbit.cache import give_room
 from signbit.errors import SignbitError
 from signbit.layouts import Integers, parse_spec
 from signbit.modules import QuantizedLinear, TiedHead, quantized_embedding
@@ -105,6 +106,7 @@ class SignbitQuantizer(HfQuantizer):
         # Tensors are saved again under the module tree's names, not under those of a dense checkpoint.
         model._weight_conversions = []
         checkpoint.check_layouts(model)
+        model.register_forward_pre_hook(give_room, with_kwargs=True)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:

@@ -12,6 +12,7 @@ from signbit import checkpoint
 from signbit.calibration.tokens import check_seqlen, tokenize
 from signbit.device import choose_device
 from signbit.errors import SignbitError
+from signbit.modules import set_activations
 from signbit.safetensors_file import check_directory
 from signbit.source import first_line, load_config, load_tokenizer, resolve
 
@@ -57,14 +58,16 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     device: str = "auto",
+    activations: str = "exact",
     trust_remote_code: bool = False,
 ) -> str:
-    """Continue ``prompt``; returns the new text only. temperature 0 is greedy."""
+    """Continue ``prompt``; returns the new text only. temperature 0 is greedy; activations: see set_activations."""
     if not prompt:
         raise SignbitError("the prompt is empty")
     if max_tokens < 1 or not 0 <= temperature < math.inf:
         raise SignbitError("max-tokens must be at least 1 and temperature a number of at least 0")
     opened, tokenizer = open_model(model, device=device, trust_remote_code=trust_remote_code)
+    set_activations(opened, activations)
     ids = tokenize(tokenizer, prompt, opened.config).unsqueeze(0).to(opened.device)
     check_seqlen(opened.config, ids.shape[1] + max_tokens)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}

@@ -15,6 +15,7 @@ from signbit.calibration.tokens import check_seqlen, tokenize
 from signbit.errors import SignbitError
 from signbit.evaluation.perplexity import score, windows_of
 from signbit.inference import open_model
+from signbit.modules import set_activations
 from signbit.progress import Progress, Silent
 
 # Self-written text for evaluation is written with other seeds than any calibration would use by default.
@@ -30,12 +31,14 @@ def evaluate(
     windows: int | None = None,
     against: str | Path | None = None,
     device: str = "auto",
+    activations: str = "exact",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score MODEL, packed as it is stored, on each text SOURCE in ``perplexity``.
 
-    windows: only the first so many windows of ``seqlen`` tokens. against: the original model, for divergence. The
+    windows: only the first so many windows of ``seqlen`` tokens. against: the original model, for divergence.
+    activations: "int8" rounds what packed matrices of MODEL are multiplied with to 8 bits (set_activations). The
     source ``self`` is text written by ``against`` if given, else by the model. Returns what ``signbit eval --json``
     prints.
     """
@@ -48,6 +51,7 @@ def evaluate(
     started = time.perf_counter()
     texts = {source: None if source == SELF else read_text(source, "test") for source in sources}
     scored, tokenizer = open_model(str(model), device=device, trust_remote_code=trust_remote_code)
+    set_activations(scored, activations)
     check_seqlen(scored.config, seqlen)
     original: PreTrainedModel | None = None
     if against is not None:

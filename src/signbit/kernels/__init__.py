@@ -1,5 +1,30 @@
-"""Multiplying with packed weights. The torch reference is the truth that every faster kernel is tested against."""
+"""Multiplying with packed weights. The torch reference is the truth that every faster kernel is tested against.
 
-from signbit.kernels.reference import matmul
+reference.py   torch: any layout, device and dtype
+cpu/           C++, for CPUs
+operator.py    the same as an operator of torch, for compiled and exported models, and for gradients
+"""
 
-__all__ = ["matmul"]
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from signbit.kernels import cpu, operator, reference
+from signbit.layouts.base import Layout
+
+__all__ = ["cpu", "matmul", "reference"]
+
+
+def matmul(x: Tensor, layout: Layout, int8: bool = False) -> Tensor:
+    """``x @ W.T`` for x ``[..., in]`` and a packed W ``[out, in]``; the result has x's dtype, sums are in float32.
+
+    int8: kernels may round x to 8 bits, 128 columns at a time. The reference never does.
+
+    A compiled or exported model, and whoever wants gradients, meets one operator. Everybody else skips torch's
+    dispatcher, which would take longer than the product with a small matrix.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
+        return operator.matmul(x, list(layout.buffers()), layout.description, int8)
+    y = cpu.matmul(x, layout, int8)
+    return reference.matmul(x, layout) if y is None else y

@@ -27,6 +27,18 @@ def matmul(x: Tensor, layout: Layout) -> Tensor:
     return total.to(x.dtype)
 
 
+def matmul_transposed(g: Tensor, layout: Layout) -> Tensor:
+    """``g @ W`` for g ``[..., out]``; the result has g's dtype, sums are in float32."""
+    total = None
+    for chain in layout.chains():
+        x = g.float()
+        for factor in reversed(chain):
+            x = _transposed_product(x, factor)
+        total = x if total is None else total + x
+    assert total is not None
+    return total.to(g.dtype)
+
+
 def _product(x: Tensor, layout: Layout) -> Tensor:
     out, width = layout.shape
     rows = max(1, TILE_WEIGHTS // width)
@@ -36,3 +48,14 @@ def _product(x: Tensor, layout: Layout) -> Tensor:
         tile = slice(start, min(start + rows, out))
         y[:, tile] = torch.nn.functional.linear(flat.float(), layout.dequantize(tile))
     return y.view(*x.shape[:-1], out)
+
+
+def _transposed_product(g: Tensor, layout: Layout) -> Tensor:
+    out, width = layout.shape
+    rows = max(1, TILE_WEIGHTS // width)
+    flat = g.reshape(-1, out)
+    x = torch.zeros(flat.shape[0], width, device=g.device)
+    for start in range(0, out, rows):
+        tile = slice(start, min(start + rows, out))
+        x.addmm_(flat[:, tile], layout.dequantize(tile))
+    return x.view(*g.shape[:-1], width)

@@ -8,8 +8,9 @@ arrives; so a checkpoint loads without building a dense weight, and a tensor tha
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -93,11 +94,12 @@ class Layout(nn.Module):
 
     kind: ClassVar[str]
     Spec: ClassVar[type[LayoutSpec]]
+    prepared: Any = None  # what a kernel knows of these tensors; never stored or copied
 
     def __init__(self, spec: LayoutSpec, tensors: dict[str, Tensor] | None = None, device: Any = None) -> None:
         """Hold ``tensors``, or uninitialised ones on ``device`` when they are still to be loaded."""
         super().__init__()
-        self.spec = spec
+        self._describe(spec)
         for name, expected in spec.tensors().items():
             if tensors is None:
                 tensor = torch.empty(expected.shape, dtype=expected.dtype, device=device)
@@ -113,6 +115,26 @@ class Layout(nn.Module):
                     advice = "use scale_dtype=bfloat16" if half else "the weights are too large"
                     raise SignbitError(f"{name} do not fit {tensor.dtype}: {advice}")
             self.register_buffer(name, tensor)
+
+    @classmethod
+    def around(cls, spec: LayoutSpec, tensors: Sequence[Tensor]) -> Layout:
+        """The layout of tensors in the order of ``spec``, whose content is not looked at; ValueError if they differ."""
+        layout = cls.__new__(cls)
+        nn.Module.__init__(layout)
+        layout._describe(spec)
+        for (name, expected), tensor in zip(spec.tensors().items(), tensors, strict=True):
+            if tensor.shape != expected.shape or tensor.dtype != expected.dtype or not tensor.is_contiguous():
+                raise ValueError(f"{cls.kind}.{name}: expected {expected.dtype} {expected.shape}, contiguous")
+            layout._buffers[name] = tensor
+        return layout
+
+    def _describe(self, spec: LayoutSpec) -> None:
+        self.spec = spec
+        # The JSON that config.json keeps, as operators take it.
+        self.description = json.dumps({"layout": self.kind, **spec.to_dict()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "prepared"}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -163,7 +185,12 @@ class Layout(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self.prepared = None
         return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.prepared = None
+        super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.spec.to_dict().items())

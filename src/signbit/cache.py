@@ -1,0 +1,81 @@
+"""A key-value cache with room to grow.
+
+transformers offers two caches for plain attention, and on a CPU both do work that nobody asked for. ``DynamicCache``
+concatenates: each token copies all keys and values of the context. ``StaticCache`` allocates the longest context and
+attends over all of it, masked, which is what torch.compile needs. Keys, values and attention of one layer of
+32 heads of 128 features, in microseconds for one token (2 threads, the best of 80):
+
+| tokens so far | dynamic | static, 640 | static, 4096 | this |
+|---|---|---|---|---|
+| 32 | 140 | 1015 | 6310 | 63 |
+| 512 | 2510 | 1030 | 6440 | 860 |
+
+Here keys and values are written to storage that is allocated ahead, as a static cache's, and attention is given a view
+of the part that is filled, as a dynamic cache's. Pages that nothing was written to take no memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+# Tokens of room, beyond a quarter of the context: what is copied when it is used up is then a few tokens' worth each.
+_ROOM = 256
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, at the start of storage that has room for more."""
+
+    _storage: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and key_states.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        total = length + key_states.shape[-2]
+        storage = self._storage
+        if storage is None or storage[0].shape[-2] < total or not self._in_storage(storage):
+            storage = self._move(key_states, value_states, length, total + _ROOM + total // 4)
+        keys, values = storage
+        keys[:, :, length:total] = key_states
+        values[:, :, length:total] = value_states
+        self.keys, self.values = keys[:, :, :total], values[:, :, :total]
+        return self.keys, self.values
+
+    def _in_storage(self, storage: tuple[Tensor, Tensor]) -> bool:
+        """Whether keys and values still are where update left them: beams are reordered by replacing them."""
+        assert self.keys is not None and self.values is not None
+        kept = ((self.keys, storage[0]), (self.values, storage[1]))
+        return all(now.data_ptr() == own.data_ptr() and now.shape[:2] == own.shape[:2] for now, own in kept)
+
+    def _move(self, key_states: Tensor, value_states: Tensor, length: int, room: int) -> tuple[Tensor, Tensor]:
+        moved = []
+        for old, new in ((self.keys, key_states), (self.values, value_states)):
+            batch, heads, _, features = new.shape
+            storage = new.new_empty(batch, heads, room, features)
+            if length:
+                storage[:, :, :length] = old
+            moved.append(storage)
+        self._storage = moved[0], moved[1]
+        return self._storage
+
+
+def give_room(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: layers of a dynamic cache that nothing was written to yet get room.
+
+    ``generate`` makes a dynamic cache of its own, which nobody can choose from outside; so it is met on its way in.
+    """
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, DynamicCache) or module.device.type != "cpu":
+        return
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = RoomyLayer
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[index] = RoomyLayer()

@@ -1,0 +1,243 @@
+"""The C++ kernels for CPUs: what they know of layouts, and calling them.
+
+``_native`` is built from the C++ files beside this one when signbit is installed (cmake/CMakeLists.txt). It takes
+addresses; whose memory they are is looked after here. A kernel is prepared once for each layout: its ``Matrix`` is made
+of the addresses of the layout's tensors, and is made again when one of them has moved.
+
+Adding a layout is a function here that turns it into a ``Matrix``, and its name in :data:`_PREPARE`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from signbit.errors import SignbitError
+from signbit.layouts.base import Layout
+from signbit.layouts.haar_planes import HaarPlanes
+from signbit.layouts.integers import Integers
+from signbit.layouts.partial import Partial
+from signbit.layouts.sign_planes import SignPlanes
+from signbit.layouts.split_planes import SplitPlanes
+from signbit.layouts.structured import Structured
+
+try:
+    _native: Any = importlib.import_module("signbit.kernels.cpu._native")
+except ImportError:
+    _native = None
+
+_FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine has kernels for, the best first; none if the extension is missing."""
+    return _native.instruction_sets() if _available() else []
+
+
+def instruction_set() -> str | None:
+    """The one in use: the best, or what SIGNBIT_ISA names."""
+    return _native.instruction_set() if _available() else None
+
+
+def use(name: str) -> None:
+    """Compute with this instruction set from now on."""
+    known = instruction_sets()
+    if name not in known:
+        raise SignbitError(f"no kernels for {name!r} here: SIGNBIT_ISA can be {' or '.join(known) or 'left out only'}")
+    _native.choose(name)
+
+
+def thread_pool() -> str | None:
+    """Whose threads do the work: torch's, or our own."""
+    return _native.thread_pool() if _available() else None
+
+
+def stream(tensor: Tensor) -> int:
+    """Read all of a tensor, as fast as memory gives it; returns nothing of use."""
+    found: int = _native.stream(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads())
+    return found
+
+
+@cache
+def _available() -> bool:
+    """Whether there are C++ kernels; the first to ask is told if not."""
+    if _native is None:
+        warnings.warn(
+            "signbit was installed without its C++ kernels, since there was no C++ compiler: packed weights are "
+            "multiplied in torch, many times slower. Install g++ or clang (and Python's headers, python3-dev), then "
+            "reinstall signbit",
+            stacklevel=2,
+        )
+        return False
+    forced = os.environ.get("SIGNBIT_ISA")
+    if forced:
+        if forced not in _native.instruction_sets():
+            known = ", ".join(_native.instruction_sets())
+            raise SignbitError(f"SIGNBIT_ISA={forced}: this machine has kernels for {known}; set one of them or none")
+        _native.choose(forced)
+    return True
+
+
+def has_kernel(layout: Layout) -> bool:
+    """Whether products with this layout run in C++."""
+    return _chains(layout) is not None
+
+
+def matmul(x: Tensor, layout: Layout, int8: bool) -> Tensor | None:
+    """``x @ W.T`` for x ``[..., in]``, in x's dtype; None if there is no kernel for it."""
+    if x.dtype not in _FLOATS or not x.is_cpu or (chains := _chains(layout)) is None:
+        return None
+    if x.shape[-1] != layout.spec.shape[1]:
+        raise ValueError(f"inputs have {x.shape[-1]} features, the matrix has {layout.spec.shape[1]}")
+    x = x.contiguous()
+    if len(chains) == len(chains[0]) == 1:
+        return _multiply(x, *chains[0][0], int8)
+    total = None
+    for chain in chains:
+        y = x.float()
+        for matrix, n in chain:
+            y = _multiply(y, matrix, n, int8)
+        total = y if total is None else total + y
+    assert total is not None
+    return total.to(x.dtype)
+
+
+def _multiply(x: Tensor, matrix: Any, n: int, int8: bool) -> Tensor:
+    batch = x.shape[:-1]
+    y = x.new_empty((*batch, n))
+    tokens = batch.numel()
+    matrix.multiply(x.data_ptr(), y.data_ptr(), _FLOATS[x.dtype], tokens, int8, torch.get_num_threads())
+    return y
+
+
+def _chains(layout: Layout) -> list[list[tuple[Any, int]]] | None:
+    """Matrices and their rows, as Layout.chains has them; None if one has no kernel."""
+    addresses = [tensor.data_ptr() for tensor in layout._buffers.values()]  # type: ignore[union-attr]
+    prepared = layout.prepared
+    if prepared is None or prepared[0] != addresses:
+        # Chains may be made of tensors of their own, which are kept along with what points to them.
+        chains = layout.chains() if layout.device.type == "cpu" and _available() else []
+        matrices = [[(_prepare(part), part.shape[0]) for part in chain] for chain in chains]
+        complete = bool(matrices) and all(matrix is not None for chain in matrices for matrix, _ in chain)
+        own = [part for chain in chains for part in chain if part is not layout]
+        layout.prepared = prepared = (addresses, matrices if complete else None, own)
+    found: list[list[tuple[Any, int]]] | None = prepared[1]
+    return found
+
+
+def _prepare(layout: Layout) -> Any:
+    prepare = _PREPARE.get(type(layout))
+    return None if prepare is None or 0 in layout.shape else prepare(layout)
+
+
+def _plane(tensor: Tensor | None) -> Any:
+    """A plane of bits, uint8 [n, bytes]; None stands for one that a layout does not have."""
+    if tensor is None:
+        return _native.Plane()
+    return _native.Plane(tensor.data_ptr(), tensor.shape[-1])
+
+
+def _coefficients(tensor: Tensor | None) -> Any:
+    """Floats [n, per row]; None stands for those that a layout does not have."""
+    if tensor is None:
+        return _native.Coefficients()
+    return _native.Coefficients(tensor.data_ptr(), tensor.shape[-1], _FLOATS[tensor.dtype])
+
+
+def _sign_planes(layout: SignPlanes) -> Any:
+    spec = layout.spec
+    if not 1 <= spec.planes <= _native.MAX_PLANES:
+        return None
+    return _native.sign_planes(
+        *spec.shape,
+        spec.group_size,
+        [_plane(plane) for plane in layout.signs],
+        [_coefficients(scales) for scales in layout.scales],
+        _coefficients(layout.get_buffer("means") if spec.mean else None),
+        _coefficients(layout.get_buffer("column_scales") if spec.column_scales else None),
+    )
+
+
+def _buffer(layout: Layout, name: str) -> Tensor | None:
+    """Each row of W as one row; None if the layout does not have it."""
+    tensor = dict(layout.named_buffers()).get(name)
+    return None if tensor is None else tensor.flatten(1) if tensor.dim() > 1 else tensor
+
+
+def _integers(layout: Integers) -> Any:
+    spec = layout.spec
+    return _native.integers(
+        *spec.shape,
+        spec.group_size,
+        spec.bits,
+        _plane(layout.codes),
+        _coefficients(layout.scales),
+        _plane(_buffer(layout, "zeros")),
+    )
+
+
+def _partial(layout: Partial) -> Any:
+    spec = layout.spec
+    return _native.partial(
+        *spec.shape,
+        spec.group_size,
+        spec.gap_bits,
+        spec.code_bits,
+        *(_plane(_buffer(layout, name)) for name in ("signs", "positions", "codes")),
+        layout.ends.data_ptr(),
+        *(_coefficients(_buffer(layout, name)) for name in ("scales", "means", "code_scales", "code_offsets")),
+    )
+
+
+def _structured(layout: Structured) -> Any:
+    spec = layout.spec
+    return _native.structured(
+        *spec.shape,
+        spec.group_size,
+        spec.keep,
+        spec.of,
+        spec.regions,
+        *(_plane(_buffer(layout, name)) for name in ("signs", "ranks", "regions", "salient")),
+        *(_coefficients(_buffer(layout, name)) for name in ("scales", "means", "salient_scales", "salient_means")),
+    )
+
+
+def _split_planes(layout: SplitPlanes) -> Any:
+    spec = layout.spec
+    coefficients = "scales", "means", "salient_scales", "salient_means", "column_scales", "salient_column_scales"
+    return _native.split_planes(
+        *spec.shape,
+        spec.group_size,
+        *(_plane(_buffer(layout, name)) for name in ("signs", "second", "residual", "salient")),
+        *(_coefficients(_buffer(layout, name)) for name in coefficients),
+    )
+
+
+def _haar_planes(layout: HaarPlanes) -> Any:
+    spec = layout.spec
+    planes = "signs", "second", "salient", "salient_signs", "salient_second"
+    return _native.haar_planes(
+        *spec.shape,
+        spec.group_size,
+        spec.axis == "row",
+        spec.means,
+        *(_plane(_buffer(layout, name)) for name in planes),
+        *(_coefficients(_buffer(layout, name)) for name in ("scales", "means", "salient_scales", "salient_means")),
+    )
+
+
+_PREPARE: dict[type[Layout], Callable[[Any], Any]] = {
+    HaarPlanes: _haar_planes,
+    Integers: _integers,
+    Partial: _partial,
+    SignPlanes: _sign_planes,
+    SplitPlanes: _split_planes,
+    Structured: _structured,
+}

@@ -1,0 +1,94 @@
+// Haar planes (layouts/haar_planes.py): codes of Haar coefficients, of neighbouring columns or of neighbouring rows.
+//
+//     row       W = C H   ->  y = C (H x)      H: the transform within groups of columns; it is its own transpose
+//     column    W = H C   ->  y = H (C x)      H: the transform over pairs of rows
+//
+// Along rows, even columns of a group are its low band and odd ones its high band, with a codebook each. So that every
+// lookup serves one codebook, words are rearranged: in every window of words those of even columns come before those of
+// odd ones, bit 2i from the first word of a pair, bit 2i + 1 from the second. A salient column adds codes S in compact
+// planes, which are transformed over pairs of rows: y += H (S x). Along columns, salient columns only have codebooks of
+// their own.
+
+#include <algorithm>
+
+#include "coded_matrix.h"
+#include "matrices.h"
+
+namespace kernels {
+namespace {
+
+class HaarPlanesMatrix : public CodedMatrix {
+   public:
+    HaarPlanesMatrix(int64_t n, int64_t m, int64_t group_size, bool along_rows, const HaarPlanes& from)
+        : CodedMatrix(n, m, group_size), from_(from), salient_(from.salient, m, group_size) {
+        if (along_rows) {
+            add_bands();
+            if (!salient_.columns.empty()) add_compact();
+        } else {
+            add_over_rows();
+        }
+    }
+
+   private:
+    void add_terms(Codebooks& set, int32_t kind) {
+        add_zones(set, Bits::negative0, Bits::negative1, 0, 1, kind, kind);
+        add_means(set, kind);
+    }
+
+    void add_bands() {
+        CodedPlanes& part = add_part(from_.signs, from_.zones);
+        Codebooks& set = add_set(part, from_.scales, from_.means, 2, from_.means_each);
+        const int64_t size = group_size_ ? group_size_ : m;
+        // Two bands of a group in one window: so their codebooks, which lie side by side, are used one after the other.
+        part.window = kStepWords;
+        while (32 * part.window < size && part.window < kBlockWords) part.window *= 2;
+        words = (words + 1) / 2 * 2;
+        Positions columns(32 * words, -1), book(32 * words, -1);
+        for (int64_t column = 0; column < m; column++) {
+            const int64_t word = column / 32, start = word / part.window * part.window;
+            const int64_t half = std::min(part.window, words - start) / 2;
+            const int64_t to = start + (word - start) / 2 + (column % 2 ? half : 0);
+            const int64_t position = 32 * to + column % 32 / 2 * 2 + word % 2;
+            columns[position] = static_cast<int32_t>(column);
+            book[position] = static_cast<int32_t>(column / size * 2 + column % size % 2);
+        }
+        const std::vector<Run>& runs = assign(set, book, part.window, false);
+        add_terms(set, add_kind({columns, {}, true, words, &runs}));
+    }
+
+    void add_compact() {
+        CodedPlanes& part = add_part(from_.salient_signs, from_.salient_zones);
+        part.pairs = true;
+        Codebooks& set = add_set(part, from_.salient_scales, from_.salient_means, 2, 2);
+        const int64_t count = static_cast<int64_t>(salient_.columns.size()), compact_words = (count + 31) / 32;
+        Positions columns(32 * compact_words, -1), book(32 * compact_words, -1);
+        std::copy(salient_.columns.begin(), salient_.columns.end(), columns.begin());
+        std::copy(salient_.groups.begin(), salient_.groups.end(), book.begin());
+        const std::vector<Run>& runs = assign(set, book, kStepWords, true);
+        add_terms(set, add_kind({columns, {}, false, compact_words, &runs}));
+    }
+
+    void add_over_rows() {
+        CodedPlanes& part = add_part(from_.signs, from_.zones);
+        part.pairs = true;
+        Codebooks& ordinary = add_set(part, from_.scales, from_.means, 2, from_.means_each);
+        add_terms(ordinary, ordinary_kind(salient_));
+        if (salient_.columns.empty()) return;
+        Codebooks& set = add_set(part, from_.salient_scales, from_.salient_means, 2, 2);
+        Positions book(32 * words, -1);
+        for (size_t i = 0; i < salient_.columns.size(); i++) book[salient_.columns[i]] = salient_.groups[i];
+        const std::vector<Run>& runs = assign(set, book, kStepWords, true);
+        add_terms(set, salient_kind(salient_, runs));
+    }
+
+    HaarPlanes from_;
+    SalientColumns salient_;
+};
+
+}  // namespace
+
+std::unique_ptr<Matrix> haar_planes(int64_t n, int64_t m, int64_t group_size, bool along_rows, const HaarPlanes& from) {
+    return std::make_unique<HaarPlanesMatrix>(n, m, group_size, along_rows, from);
+}
+
+}  // namespace kernels

@@ -1,0 +1,97 @@
+// The kernels as a Python module. Tensors come as addresses: nothing here knows torch.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+
+#include "dispatch.h"
+#include "matrices.h"
+#include "sign_planes.h"
+#include "stream.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace kernels;
+
+namespace {
+
+void multiply_at(const Matrix& matrix, uintptr_t x, uintptr_t y, int type, int64_t tokens, bool int8, int threads) {
+    multiply(matrix, active(), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), static_cast<Scalar>(type),
+             tokens, int8, threads);
+}
+
+uint64_t stream_at(uintptr_t data, int64_t bytes, int threads) {
+    return stream(reinterpret_cast<const void*>(data), bytes, threads);
+}
+
+std::vector<std::string> names() {
+    std::vector<std::string> names;
+    for (const Isa* isa : instruction_sets()) names.emplace_back(isa->name);
+    return names;
+}
+
+void choose_by_name(const std::string& name) {
+    for (const Isa* isa : instruction_sets()) {
+        if (isa->name == name) return choose(*isa);
+    }
+    throw nb::value_error(name.c_str());
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    nb::class_<Plane>(module, "Plane")
+        .def(nb::init<>())
+        .def("__init__", [](Plane* self, uintptr_t data, int64_t row_bytes) {
+            new (self) Plane{reinterpret_cast<const uint8_t*>(data), row_bytes};
+        });
+    nb::class_<Coefficients>(module, "Coefficients")
+        .def(nb::init<>())
+        .def("__init__", [](Coefficients* self, uintptr_t data, int64_t per_row, int type) {
+            new (self) Coefficients{reinterpret_cast<const void*>(data), per_row, static_cast<Scalar>(type)};
+        });
+    nb::class_<Matrix>(module, "Matrix")
+        .def("multiply", multiply_at, nb::call_guard<nb::gil_scoped_release>());
+    module.def("sign_planes", sign_planes);
+    module.def("integers", integers);
+    module.def("partial", [](int64_t n, int64_t m, int64_t group_size, int64_t gap_bits, int64_t code_bits, Plane signs,
+                             Plane positions, Plane codes, uintptr_t ends, Coefficients scales, Coefficients means,
+                             Coefficients code_scales, Coefficients code_offsets) {
+        return partial(n, m, group_size,
+                       {signs, positions, codes, gap_bits, code_bits, reinterpret_cast<const int32_t*>(ends), scales,
+                        means, code_scales, code_offsets});
+    });
+    module.def("structured", [](int64_t n, int64_t m, int64_t group_size, int64_t keep, int64_t of, int64_t regions,
+                                Plane signs, Plane ranks, Plane region_map, Plane salient, Coefficients scales,
+                                Coefficients means, Coefficients salient_scales, Coefficients salient_means) {
+        return structured(n, m, group_size, keep, of, regions,
+                          {signs, ranks, region_map, salient, scales, means, salient_scales, salient_means});
+    });
+
+    module.def("split_planes", [](int64_t n, int64_t m, int64_t group_size, Plane signs, Plane second, Plane residual,
+                                  Plane salient, Coefficients scales, Coefficients means, Coefficients salient_scales,
+                                  Coefficients salient_means, Coefficients column_scales,
+                                  Coefficients salient_column_scales) {
+        return split_planes(n, m, group_size,
+                            {signs, second, residual, salient, scales, means, salient_scales, salient_means,
+                             column_scales, salient_column_scales});
+    });
+    module.def("haar_planes", [](int64_t n, int64_t m, int64_t group_size, bool along_rows, int64_t means_each,
+                                 Plane signs, Plane second, Plane salient, Plane salient_signs, Plane salient_second,
+                                 Coefficients scales, Coefficients means, Coefficients salient_scales,
+                                 Coefficients salient_means) {
+        return haar_planes(n, m, group_size, along_rows,
+                           {signs, second, salient, salient_signs, salient_second, scales, means, salient_scales,
+                            salient_means, means_each});
+    });
+
+    module.attr("MAX_PLANES") = kMaxPlanes;
+    module.def("instruction_sets", names);
+    module.def("instruction_set", [] { return active().name; });
+    module.def("choose", choose_by_name);
+    module.def("thread_pool", thread_pool);
+    module.def("stream", stream_at, nb::call_guard<nb::gil_scoped_release>());
+}

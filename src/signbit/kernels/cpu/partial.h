@@ -1,0 +1,246 @@
+// Partial binarization: sign planes, and a code of a few bits for each salient weight.
+//
+//     y = ordinary  +  sum over salient weights of  x_j (s (code_scale (q + 1/2) - scale) + code_offset - mean)
+//
+// The signs are multiplied as if no weight were salient (sign_planes.h), and then the salient ones, about a tenth, are put
+// right one by one: their activations are gathered. They are stored by strips of 16 rows. Of a few at a time, places are
+// decoded from the gaps between them (layouts/positions.py) or from a bitmap, and codes from their bit planes, and both
+// serve all tokens.
+
+#pragma once
+
+#include "kernels.h"
+#include "sign_planes.h"
+#ifdef SIGNBIT_ISA
+#include "floats.h"
+#include "lookup.h"
+#include "prepare.h"
+#endif
+
+namespace kernels {
+
+constexpr int64_t kStripRows = 16;
+
+// Integers as bit planes, [bits][width] bytes.
+struct BitPlanes {
+    const uint8_t* data;
+    int64_t width, bits;
+};
+
+struct Partial {
+    SignPlanes ordinary;
+    int64_t m, group_size;  // group_size: of columns, never 0
+    BitPlanes gaps, codes;  // gaps of no bits: positions are a bitmap
+    Plane bitmap;
+    const int32_t* ends;    // of each strip: where its codes end, and, unless there is a bitmap, its gaps
+    Coefficients code_scales, code_offsets;
+};
+
+#ifdef SIGNBIT_ISA
+namespace SIGNBIT_ISA {
+
+// Salient weights that are decoded at a time; a read of 64 bits has so many of a plane, whatever bit it begins at.
+constexpr int64_t kSalientBatch = 48;
+
+inline uint64_t bits_of_plane(const BitPlanes& planes, int64_t plane, int64_t bit) {
+    const uint8_t* bytes = planes.data + plane * planes.width + bit / 8;
+    uint64_t word = 0;
+    const int64_t left = planes.width - bit / 8;
+    if (left >= 8) __builtin_memcpy(&word, bytes, 8);
+    else if (left > 0) __builtin_memcpy(&word, bytes, static_cast<size_t>(left));
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    word = __builtin_bswap64(word);
+#endif
+    return word >> bit % 8;
+}
+
+// value = s (slope q + middle) + offset is what a salient weight has more than an ordinary one.
+struct Correction {
+    float slope, middle, offset;
+};
+
+// The salient weights of a row that are at hand, and what they are multiplied by.
+struct SalientRow {
+    const Partial& w;
+    int64_t row;
+    const uint32_t* column;
+    const uint8_t* code;
+    int64_t count;
+
+    float coefficient(const Coefficients& of, int64_t group) const {
+        if (!of.data) return 0.0f;
+        float value;
+        const int64_t width = of.type == Scalar::f32 ? 4 : 2, index = of.per_row == 1 ? 0 : group;
+        to_floats(static_cast<const char*>(of.data) + (row * of.per_row + index) * width, of.type, 1, &value);
+        return value;
+    }
+    Correction correction(int64_t group) const {
+        const float slope = coefficient(w.code_scales, group);
+        return {slope, 0.5f * slope - coefficient(w.ordinary.scales[0], group),
+                coefficient(w.code_offsets, group) - coefficient(w.ordinary.means, group)};
+    }
+};
+
+// What an instruction set may do in a way of its own; this is for any.
+template <class I>
+struct PartialOperations {
+    static void integers(const BitPlanes& planes, int64_t at, int64_t count, uint32_t* values) {
+        for (int64_t i = 0; i < count; i++) values[i] = 0;
+        for (int64_t plane = 0; plane < planes.bits; plane++) {
+            const uint64_t bits = bits_of_plane(planes, plane, at);
+            for (int64_t i = 0; i < count; i++) values[i] |= static_cast<uint32_t>(bits >> i & 1) << plane;
+        }
+    }
+    // Of ``count`` gaps the places of the weights they lead to, from ``place`` on, which is moved behind the last.
+    static int64_t places(const BitPlanes& gaps, int64_t at, int64_t count, uint32_t& place, uint32_t* places) {
+        uint32_t gap[kSalientBatch];
+        integers(gaps, at, count, gap);
+        const uint32_t escape = (1u << gaps.bits) - 1;
+        int64_t found = 0;
+        for (int64_t i = 0; i < count; i++) {
+            place += gap[i];
+            if (gap[i] != escape) places[found++] = place++;
+        }
+        return found;
+    }
+    static void codes(const BitPlanes& planes, int64_t at, int64_t count, uint8_t* codes) {
+        uint32_t values[kSalientBatch];
+        integers(planes, at, count, values);
+        for (int64_t i = 0; i < count; i++) codes[i] = static_cast<uint8_t>(values[i]);
+    }
+
+    // The sums of a row, for each token.
+    class Sums {
+       public:
+        Sums(const Partial& w, const Activations& x) : w_(w), x_(x) {}
+
+        void begin(int64_t) {
+            group_ = -1;
+            for (int64_t token = 0; token < x_.tokens; token++) sum_[token] = 0.0f;
+        }
+        void add(const SalientRow& salient) {
+            for (int64_t i = 0; i < salient.count; i++) {
+                const uint32_t column = salient.column[i];
+                if (group_ < 0 || column / w_.group_size != group_) {
+                    group_ = column / w_.group_size;
+                    correction_ = salient.correction(group_);
+                }
+                const Plane& signs = w_.ordinary.signs[0];
+                const bool negative = signs.data[salient.row * signs.row_bytes + column / 8] >> column % 8 & 1;
+                const float size = correction_.slope * static_cast<float>(salient.code[i]) + correction_.middle;
+                const float value = (negative ? -size : size) + correction_.offset;
+                for (int64_t token = 0; token < x_.tokens; token++) sum_[token] += value * numbers(x_, token)[column];
+            }
+        }
+        float total(int64_t token) const { return sum_[token]; }
+
+       private:
+        const Partial& w_;
+        const Activations& x_;
+        int64_t group_ = -1;
+        Correction correction_{};
+        float sum_[kTokens];
+    };
+};
+
+// The salient weights of a strip, a batch after the other.
+template <class I>
+class StripOfSalient {
+   public:
+    uint32_t place[kSalientBatch + 16];  // row of the strip * m + column
+    uint8_t code[64];
+    int64_t count = 0;
+
+    StripOfSalient(const Partial& w, int64_t strip) : w_(w), strip_(strip) {
+        const int64_t each = w.gaps.bits ? 2 : 1;
+        code_ = strip ? w.ends[(strip - 1) * each] : 0;
+        if (w.gaps.bits) {
+            gap_ = strip ? w.ends[(strip - 1) * each + 1] : 0;
+            end_ = w.ends[strip * each + 1];
+        }
+    }
+    // False when there are no more.
+    bool next() {
+        if (w_.gaps.bits) {
+            do {
+                const int64_t gaps = least(kSalientBatch, end_ - gap_);
+                if (gaps <= 0) return false;
+                count = PartialOperations<I>::places(w_.gaps, gap_, gaps, place_, place);
+                gap_ += gaps;
+            } while (count == 0);
+        } else if (!next_of_bitmap()) {
+            return false;
+        }
+        PartialOperations<I>::codes(w_.codes, code_, count, code);
+        code_ += count;
+        return true;
+    }
+
+   private:
+    bool next_of_bitmap() {
+        const int64_t rows = least(kStripRows, w_.ordinary.n - strip_ * kStripRows);
+        const uint8_t* bitmap = w_.bitmap.data + strip_ * kStripRows * w_.bitmap.row_bytes;
+        for (count = 0; count < kSalientBatch; place[count++] = static_cast<uint32_t>(row_ * w_.m + word_ * 32 - 32 + bit_)) {
+            while (!word_bits_) {
+                if (4 * word_ == w_.bitmap.row_bytes) {
+                    row_++;
+                    word_ = 0;
+                }
+                if (row_ >= rows) return count > 0;
+                const uint8_t* b = bitmap + row_ * w_.bitmap.row_bytes + 4 * word_++;
+                word_bits_ = b[0] | b[1] << 8 | b[2] << 16 | static_cast<uint32_t>(b[3]) << 24;
+            }
+            bit_ = __builtin_ctz(word_bits_);
+            word_bits_ &= word_bits_ - 1;
+        }
+        return true;
+    }
+
+    const Partial& w_;
+    int64_t strip_, code_ = 0, gap_ = 0, end_ = 0, row_ = 0, word_ = 0, bit_ = 0;
+    uint32_t place_ = 0, word_bits_ = 0;
+};
+
+template <class I>
+void add_salient(const Partial& w, const Activations& x, int64_t strip, float* y, int64_t stride) {
+    typename PartialOperations<I>::Sums sums(w, x);
+    int64_t row = 0, end = w.m;  // of the strip; where its places end
+    const auto finish = [&] {
+        for (int64_t token = 0; token < x.tokens; token++) {
+            y[token * stride + strip * kStripRows + row] += sums.total(token);
+        }
+    };
+    sums.begin(strip * kStripRows);
+    StripOfSalient<I> salient(w, strip);
+    while (salient.next()) {
+        for (int64_t i = 0; i < salient.count;) {
+            if (salient.place[i] >= end) {
+                finish();
+                row = salient.place[i] / w.m;
+                end = (row + 1) * w.m;
+                sums.begin(strip * kStripRows + row);
+            }
+            int64_t stop = salient.count;
+            while (salient.place[stop - 1] >= end) stop--;
+            const uint32_t start = static_cast<uint32_t>(end - w.m);
+            for (int64_t k = i; k < stop; k++) salient.place[k] -= start;
+            sums.add({w, strip * kStripRows + row, salient.place + i, salient.code + i, stop - i});
+            i = stop;
+        }
+    }
+    finish();
+}
+
+// Tasks begin at whole strips: they are four tiles.
+template <class I, bool Int8>
+void partial_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y, int64_t stride) {
+    static_assert(4 * Tile<I>::rows % kStripRows == 0, "a task has whole strips");
+    const Partial& w = *static_cast<const Partial*>(matrix);
+    sign_planes_rows<I, Int8>(&w.ordinary, kinds, first, last, y, stride);
+    for (int64_t row = first; row < last; row += kStripRows) add_salient<I>(w, kinds[1], row / kStripRows, y, stride);
+}
+
+}  // namespace SIGNBIT_ISA
+#endif
+
+}  // namespace kernels

@@ -1,0 +1,93 @@
+// The kernels against plain sums in double, without Python: `make neon` runs this for ARM under an emulator.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "dispatch.h"
+#include "matrices.h"
+
+using namespace kernels;
+
+namespace {
+
+int passed = 0, failed = 0;
+
+struct Case {
+    int64_t n, m, group_size, planes, tokens;
+    bool mean, int8;
+};
+
+// Sign planes with coefficients in float32, and the products they should give.
+void run(const Isa& isa, const Case& c) {
+    std::mt19937 random(static_cast<unsigned>(c.n + c.m + c.group_size));
+    std::normal_distribution<float> normal;
+    const int64_t groups = c.group_size ? (c.m + c.group_size - 1) / c.group_size : 1, row_bytes = (c.m + 31) / 32 * 4;
+    std::vector<uint8_t> bits(static_cast<size_t>(c.planes * c.n * row_bytes));
+    std::vector<float> scales(static_cast<size_t>(c.planes * c.n * groups)), means(static_cast<size_t>(c.n * groups));
+    std::vector<float> x(static_cast<size_t>(c.tokens * c.m)), y(static_cast<size_t>(c.tokens * c.n));
+    for (uint8_t& byte : bits) byte = static_cast<uint8_t>(random());
+    for (float& value : scales) value = 1.0f + std::abs(normal(random));
+    for (float& value : means) value = normal(random);
+    for (float& value : x) value = normal(random);
+
+    std::vector<Plane> planes;
+    std::vector<Coefficients> coefficients;
+    for (int64_t p = 0; p < c.planes; p++) {
+        planes.push_back({bits.data() + p * c.n * row_bytes, row_bytes});
+        coefficients.push_back({scales.data() + p * c.n * groups, groups, Scalar::f32});
+    }
+    const Coefficients mean = {c.mean ? means.data() : nullptr, groups, Scalar::f32};
+    const auto matrix = sign_planes(c.n, c.m, c.group_size, planes, coefficients, mean, {});
+    multiply(*matrix, isa, x.data(), y.data(), Scalar::f32, c.tokens, c.int8, 2);
+
+    double worst = 0;
+    for (int64_t t = 0; t < c.tokens; t++) {
+        for (int64_t r = 0; r < c.n; r++) {
+            double sum = 0, size = 1e-30;
+            for (int64_t column = 0; column < c.m; column++) {
+                const int64_t g = c.group_size ? column / c.group_size : 0;
+                double weight = c.mean ? means[r * groups + g] : 0.0, largest = std::abs(weight);
+                for (int64_t p = 0; p < c.planes; p++) {
+                    const bool negative = bits[(p * c.n + r) * row_bytes + column / 8] >> column % 8 & 1;
+                    const double scale = scales[(p * c.n + r) * groups + g];
+                    weight += negative ? -scale : scale;
+                    largest += scale;
+                }
+                sum += weight * x[t * c.m + column];
+                size += largest * std::abs(x[t * c.m + column]);
+            }
+            worst = std::max(worst, std::abs(y[t * c.n + r] - sum) / size);
+        }
+    }
+    const bool good = worst < (c.int8 ? 2e-2 : 1e-5);
+    ++(good ? passed : failed);
+    if (!good) {
+        std::printf("%s: %lld x %lld, groups of %lld, %lld planes, %lld tokens, int8 %d: off by %g\n", isa.name,
+                    static_cast<long long>(c.n), static_cast<long long>(c.m), static_cast<long long>(c.group_size),
+                    static_cast<long long>(c.planes), static_cast<long long>(c.tokens), c.int8, worst);
+    }
+}
+
+}  // namespace
+
+int main() {
+    for (const Isa* isa : instruction_sets()) {
+        for (const int64_t n : {1, 5, 33, 200}) {
+            for (const int64_t m : {1, 100, 576, 4097}) {
+                for (const int64_t group_size : {0, 7, 32, 100, 128}) {
+                    for (const bool int8 : {false, true}) {
+                        run(*isa, {n, m, group_size, 1, 1, false, int8});
+                        run(*isa, {n, m, group_size, 2, 3, true, int8});
+                    }
+                }
+            }
+        }
+        run(*isa, {33, 576, 64, 3, 17, true, false});
+        std::printf("%s done\n", isa->name);
+    }
+    std::printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
