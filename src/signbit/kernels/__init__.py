@@ -2,6 +2,7 @@
 
 reference.py   torch: any layout, device and dtype
 cpu/           C++, for CPUs
+dispatch.py    which of them
 operator.py    the same as an operator of torch, for compiled and exported models, and for gradients
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from signbit.kernels import cpu, operator, reference
+from signbit.kernels import cpu, dispatch, operator, reference
 from signbit.layouts.base import Layout
 
 __all__ = ["cpu", "matmul", "reference"]
@@ -26,5 +27,4 @@ def matmul(x: Tensor, layout: Layout, int8: bool = False) -> Tensor:
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
         return operator.matmul(x, list(layout.buffers()), layout.description, int8)
-    y = cpu.matmul(x, layout, int8)
-    return reference.matmul(x, layout) if y is None else y
+    return dispatch.matmul(x, layout, int8)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from signbit.kernels import cpu, reference
+from signbit.kernels import dispatch, reference
 from signbit.layouts import Layout, LayoutSpec, parse_spec
 
 # Defined by hand: torch.library.custom_op would add some 100 microseconds a call.
@@ -27,9 +27,7 @@ matmul_transposed = torch.ops.signbit.matmul_transposed.default
 
 
 def _matmul(x: Tensor, tensors: Sequence[Tensor], layout: str, int8: bool) -> Tensor:
-    found = _layout(layout, tensors)
-    y = cpu.matmul(x, found, int8)
-    return reference.matmul(x, found) if y is None else y
+    return dispatch.matmul(x, _layout(layout, tensors), int8)
 
 
 def _matmul_transposed(x: Tensor, tensors: Sequence[Tensor], layout: str, int8: bool) -> Tensor:
