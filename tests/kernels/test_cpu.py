@@ -384,6 +384,39 @@ def test_rounding_activations_costs_little(name: str) -> None:
     assert 0 < (y - exact).norm() < 0.015 * exact.norm()
 
 
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_8_bits(isa: str, name: str, value: float) -> None:
+    layout, x = MAKERS[name](33, 576), random(3, 576)
+    before = kernels.matmul(x, layout, int8=True)
+    x[1, 5] = value
+    y = kernels.matmul(x, layout, int8=True)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[::2], before[::2])
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-40, 1e-37])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_tiniest_activations_in_8_bits(isa: str, size: float, tokens: int) -> None:
+    for name in ("sign", "4 bits", "4 of 8", "partial"):
+        y = kernels.matmul(size * random(tokens, 576), MAKERS[name](33, 576), int8=True)
+        assert (y.abs() < 1e-30).all()
+
+
+def test_a_bitmap_may_mark_what_is_behind_its_columns(isa: str) -> None:
+    layout, x = MAKERS["partial bitmap"](33, 100), random(3, 100)
+    expected = kernels.matmul(x, layout)
+    layout.get_buffer("positions")[:, 13:] = 255
+    layout.check("layout")
+    assert torch.equal(kernels.matmul(x, layout), expected)
+
+
+@needs_kernels
+def test_inputs_that_are_negated_views() -> None:
+    layout, x = MAKERS["sign"](16, 100), random(3, 100)
+    assert torch.equal(kernels.matmul(torch._neg_view(x), layout), kernels.matmul(-x, layout))
+
+
 @needs_kernels
 def test_weights_that_move_or_change() -> None:
     layout, x = MAKERS["groups of 64"](33, 576), random(1, 576)

@@ -96,7 +96,7 @@ def matmul(x: Tensor, layout: Layout, int8: bool) -> Tensor | None:
         return None
     if x.shape[-1] != layout.spec.shape[1]:
         raise ValueError(f"inputs have {x.shape[-1]} features, the matrix has {layout.spec.shape[1]}")
-    x = x.contiguous()
+    x = x.resolve_neg().contiguous()
     if len(chains) == len(chains[0]) == 1:
         return _multiply(x, *chains[0][0], int8)
     total = None
@@ -110,9 +110,9 @@ def matmul(x: Tensor, layout: Layout, int8: bool) -> Tensor | None:
 
 
 def _multiply(x: Tensor, matrix: Any, n: int, int8: bool) -> Tensor:
-    batch = x.shape[:-1]
-    y = x.new_empty((*batch, n))
-    tokens = batch.numel()
+    *batch, m = x.shape
+    y = x.new_empty(*batch, n)
+    tokens = x.numel() // m
     matrix.multiply(x.data_ptr(), y.data_ptr(), _FLOATS[x.dtype], tokens, int8, torch.get_num_threads())
     return y
 

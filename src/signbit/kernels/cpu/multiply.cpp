@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kTableBytes = 1 << 20;
 
 // Rows of a task: whole tiles, so many that a task is worth its start, so few that threads end together.
-constexpr int64_t kTilesPerTask = 8;
+constexpr int64_t kTilesPerTask = 16;
 
 // Memory of the calling thread that stays from one call to the next.
 class Workspace {

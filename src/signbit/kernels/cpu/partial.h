@@ -189,6 +189,7 @@ class StripOfSalient {
                 if (row_ >= rows) return count > 0;
                 const uint8_t* b = bitmap + row_ * w_.bitmap.row_bytes + 4 * word_++;
                 word_bits_ = b[0] | b[1] << 8 | b[2] << 16 | static_cast<uint32_t>(b[3]) << 24;
+                if (32 * word_ > w_.m) word_bits_ &= ~0u >> (32 * word_ - w_.m);  // what is behind the columns marks nothing
             }
             bit_ = __builtin_ctz(word_bits_);
             word_bits_ &= word_bits_ - 1;

@@ -10,22 +10,31 @@ namespace SIGNBIT_ISA {
 // Sums and maxima are kept in so many lanes, which a compiler makes vectors of.
 constexpr int kLanes = 16;
 
-// Rounds to integers of 8 bits, in place, with a step for every 128 columns: the largest size becomes 127.
+// Rounds to integers of 8 bits, in place, with a step for every 128 columns: the largest size becomes 127. Where one is
+// infinite or no number, none of the sums are; sizes with no finite inverse are as good as zero.
 inline void round_to_8_bits(float* x, int64_t words, float* steps) {
     for (int64_t word = 0; word < words; word += kStepWords) {
         const int64_t end = least(word + kStepWords, words);
-        float lanes[kLanes] = {}, largest = 0.0f;
+        float lanes[kLanes] = {}, not_finite[kLanes] = {}, largest = 0.0f, spoilt = 0.0f;
         for (int64_t i = 32 * word; i < 32 * end; i += kLanes) {
             for (int lane = 0; lane < kLanes; lane++) {
                 const float size = x[i + lane] < 0 ? -x[i + lane] : x[i + lane];
                 lanes[lane] = size > lanes[lane] ? size : lanes[lane];
+                not_finite[lane] += x[i + lane] * 0.0f;  // NaN from there on
             }
         }
-        for (float size : lanes) largest = size > largest ? size : largest;
-        const float per_step = largest > 0 ? 127.0f / largest : 0.0f;
-        // Adding 1.5 * 2^23 and taking it away again rounds to nearest, ties to even.
-        for (int64_t i = 32 * word; i < 32 * end; i++) x[i] = (x[i] * per_step + 12582912.0f) - 12582912.0f;
-        for (int64_t i = word; i < end; i++) steps[i] = largest / 127.0f;
+        for (int lane = 0; lane < kLanes; lane++) {
+            largest = lanes[lane] > largest ? lanes[lane] : largest;
+            spoilt += not_finite[lane];
+        }
+        if (largest > 1e-36f && spoilt == 0.0f) {
+            const float per_step = 127.0f / largest;
+            // Adding 1.5 * 2^23 and taking it away again rounds to nearest, ties to even.
+            for (int64_t i = 32 * word; i < 32 * end; i++) x[i] = (x[i] * per_step + 12582912.0f) - 12582912.0f;
+        } else {
+            for (int64_t i = 32 * word; i < 32 * end; i++) x[i] = 0.0f;
+        }
+        for (int64_t i = word; i < end; i++) steps[i] = largest / 127.0f + spoilt;
     }
 }
 

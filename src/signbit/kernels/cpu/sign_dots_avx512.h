@@ -22,10 +22,11 @@ constexpr int64_t kAheadBytes = 8192;
 struct Chunks {
     __m512i x[kMostChunks][8];   // bit by bit
     __m512 step[kMostChunks];    // of each quarter, four times
+    __m512 sum[kMostChunks];     // of each quarter, where it is a group: once, in its first lane
     int64_t count;
 
-    // Columns from word ``word`` on of a token's numbers (prepare.h).
-    Chunks(const Activations& of, int64_t token, int64_t word) {
+    // Columns from word ``word`` on of a token's numbers (prepare.h); sums: of its groups, if they are quarters.
+    Chunks(const Activations& of, int64_t token, int64_t word, const float* sums) {
         const int8_t* integers = rounded_numbers(of, token) + 32 * word;
         const float* steps = of.steps + token * of.words + word;
         const int64_t words = least(of.words - word, kMostChunks * 16);
@@ -37,6 +38,11 @@ struct Chunks {
                 x[chunk][i] = _mm512_maskz_loadu_epi32(first_of_16(8 * (rest - 2 * i)), integers + 512 * chunk + 64 * i);
             }
             bit_by_bit(x[chunk]);
+            if (sums) {
+                const int64_t group = word / kStepWords + 4 * chunk;
+                const __m512 four = _mm512_maskz_loadu_ps(first_of_16(least(of.runs - group, 4)), sums + group);
+                sum[chunk] = _mm512_maskz_expand_ps(0x1111, four);
+            }
         }
     }
 
@@ -84,65 +90,105 @@ inline __m512 dot(__m512i bits, const __m512i* x, __m512 step) {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), step);
 }
 
-// Coefficients [count] of a row, as floats, and zeros behind them up to a whole 16.
-inline void load_row(const Coefficients& from, int64_t row, int64_t start, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 present = Chunks::first_of_16(count - i);
-        const int64_t at = row * from.per_row + start + i;
-        if (from.type == Scalar::f32) {
-            _mm512_storeu_ps(out + i, _mm512_maskz_loadu_ps(present, static_cast<const float*>(from.data) + at));
-            continue;
-        }
-        const __m256i shorts = _mm256_maskz_loadu_epi16(present, static_cast<const uint16_t*>(from.data) + at);
-        _mm512_storeu_ps(out + i, from.type == Scalar::f16
-                                      ? _mm512_cvtph_ps(shorts)
-                                      : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16)));
-    }
+// Coefficients at [index, index + count), count up to 16, of all rows' one after the other; zeros behind them.
+inline __m512 load_coefficients(const Coefficients& from, int64_t index, int64_t count) {
+    const __mmask16 present = Chunks::first_of_16(count);
+    if (from.type == Scalar::f32) return _mm512_maskz_loadu_ps(present, static_cast<const float*>(from.data) + index);
+    const __m256i shorts = _mm256_maskz_loadu_epi16(present, static_cast<const uint16_t*>(from.data) + index);
+    if (from.type == Scalar::f16) return _mm512_cvtph_ps(shorts);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16));
 }
 
-// Rows of matrices whose groups are rows, or 128 columns.
+// What a row of signs adds up to where they are negative, in 16 parts.
+inline __m512 negative_of(const uint8_t* signs, const Chunks& chunks, int64_t words) {
+    __m512 negative = _mm512_setzero_ps();
+    for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+        const __m512i bits = _mm512_maskz_loadu_epi32(Chunks::first_of_16(words - 16 * chunk), signs + 64 * chunk);
+        Avx512::prefetch(signs + 64 * chunk + kAheadBytes);
+        negative = _mm512_add_ps(negative, dot(bits, chunks.x[chunk], chunks.step[chunk]));
+    }
+    return negative;
+}
+
+// What a row of signs is, times the scales of its groups, each a quarter of a chunk; ``group`` is the first. In 16 parts.
+inline __m512 grouped_product(const uint8_t* signs, const Chunks& chunks, int64_t words, const Coefficients& scales,
+                              int64_t row, int64_t group) {
+    const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    __m512 product = _mm512_setzero_ps(), of_groups = product;
+    for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+        const int64_t next = group + 4 * chunk;
+        if (chunk % 4 == 0) of_groups = load_coefficients(scales, row * scales.per_row + next, scales.per_row - next);
+        const __m512i places = _mm512_add_epi32(quarters, _mm512_set1_epi32(static_cast<int>(chunk % 4 * 4)));
+        const __m512 scale = _mm512_permutexvar_ps(places, of_groups);
+        const __m512i bits = _mm512_maskz_loadu_epi32(Chunks::first_of_16(words - 16 * chunk), signs + 64 * chunk);
+        Avx512::prefetch(signs + 64 * chunk + kAheadBytes);
+        const __m512 negative = dot(bits, chunks.x[chunk], chunks.step[chunk]);
+        const __m512 sum = _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), negative, chunks.sum[chunk]);
+        product = _mm512_fmadd_ps(scale, sum, product);
+    }
+    return product;
+}
+
+// The sums of 16 vectors' lanes.
+inline __m512 sums_of(__m512* parts) {
+    __m512i* lanes = reinterpret_cast<__m512i*>(parts);
+    Avx512::transpose(lanes);
+    for (int half = 8; half; half /= 2) {
+        for (int i = 0; i < half; i++) parts[i] = _mm512_add_ps(parts[i], parts[i + half]);
+    }
+    return parts[0];
+}
+
+// A row's means times the sums of its groups, in 16 parts: of the groups in the chunks from ``word`` on.
+inline __m512 means_product(const Coefficients& means, int64_t row, const float* sums, int64_t word) {
+    __m512 product = _mm512_setzero_ps();
+    const int64_t first = word / kStepWords, end = least(means.per_row, first + 4 * kMostChunks);
+    for (int64_t group = first; group < end; group += 16) {
+        const __m512 mean = load_coefficients(means, row * means.per_row + group, end - group);
+        const __m512 sum = _mm512_maskz_loadu_ps(Chunks::first_of_16(end - group), sums + group);
+        product = _mm512_fmadd_ps(mean, sum, product);
+    }
+    return product;
+}
+
+// Rows of matrices whose groups are rows, or 128 columns, 16 at a time.
 inline void sign_dots_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
                            int64_t stride) {
     const SignPlanes& w = *static_cast<const SignPlanes*>(matrix);
     const Activations& x = kinds[0];
     const bool grouped = x.runs > 1;
-    const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     for (int64_t token = 0; token < x.tokens; token++) {
         const float* sums = x.sums + token * x.runs;
         for (int64_t word = 0; word < x.words; word += 16 * kMostChunks) {
-            const Chunks chunks(x, token, word);
-            const int64_t group = grouped ? word / kStepWords : 0;
-            const int64_t groups = grouped ? least(x.runs - group, 4 * kMostChunks) : 1;
-            for (int64_t row = first; row < last; row++) {
-                float total = 0.0f, scales[4 * kMostChunks + 16];
-                if (w.means.data && (grouped || word == 0)) {
-                    load_row(w.means, row, group, groups, scales);
-                    for (int64_t g = 0; g < groups; g++) total += scales[g] * sums[group + g];
-                }
+            const Chunks chunks(x, token, word, grouped ? sums : nullptr);
+            const int64_t words = x.words - word, group = word / kStepWords;
+            for (int64_t row = first; row < last; row += 16) {
+                const int64_t count = least(last - row, 16);
+                float* out = y + token * stride + row;
+                __m512 total = word ? _mm512_maskz_loadu_ps(Chunks::first_of_16(count), out) : _mm512_setzero_ps();
+                __m512 parts[16];
                 for (int64_t plane = 0; plane < w.planes; plane++) {
-                    load_row(w.scales[plane], row, group, groups, scales);
-                    if (grouped || word == 0) {
-                        for (int64_t g = 0; g < groups; g++) total += scales[g] * sums[group + g];
+                    for (int64_t i = 0; i < 16; i++) {
+                        const int64_t at = row + least(i, count - 1);
+                        const uint8_t* signs = w.signs[plane].data + at * w.signs[plane].row_bytes + 4 * word;
+                        parts[i] = grouped ? grouped_product(signs, chunks, words, w.scales[plane], at, group)
+                                           : negative_of(signs, chunks, words);
                     }
-                    const uint8_t* signs = w.signs[plane].data + row * w.signs[plane].row_bytes + 4 * word;
-                    __m512 negative = _mm512_setzero_ps();
-                    for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
-                        const __mmask16 present = Chunks::first_of_16(x.words - word - 16 * chunk);
-                        const __m512i bits = _mm512_maskz_loadu_epi32(present, signs + 64 * chunk);
-                        Avx512::prefetch(signs + 64 * chunk + kAheadBytes);
-                        const __m512 sum = dot(bits, chunks.x[chunk], chunks.step[chunk]);
-                        if (grouped) {
-                            const __m512 four = _mm512_castps128_ps512(_mm_loadu_ps(scales + 4 * chunk));
-                            negative = _mm512_fmadd_ps(_mm512_permutexvar_ps(quarters, four), sum, negative);
-                        } else {
-                            negative = _mm512_add_ps(negative, sum);
-                        }
+                    if (grouped) {
+                        total = _mm512_add_ps(total, sums_of(parts));
+                    } else {
+                        const __m512 whole = _mm512_set1_ps(word ? 0.0f : sums[0]);
+                        const __m512 sum = _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), sums_of(parts), whole);
+                        total = _mm512_fmadd_ps(load_coefficients(w.scales[plane], row, count), sum, total);
                     }
-                    const float sum = _mm512_reduce_add_ps(negative);
-                    total -= 2.0f * (grouped ? sum : scales[0] * sum);
                 }
-                float& out = y[token * stride + row];
-                out = word ? out + total : total;
+                if (w.means.data) {
+                    for (int64_t i = 0; i < 16; i++) {
+                        parts[i] = means_product(w.means, row + least(i, count - 1), sums, word);
+                    }
+                    total = _mm512_add_ps(total, sums_of(parts));
+                }
+                Avx512::store(out, total, count);
             }
         }
     }
