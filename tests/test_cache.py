@@ -1,5 +1,6 @@
 """The cache with room: what it returns is what a dynamic cache returns, and nothing is copied for a token."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,26 @@ def test_it_follows_when_keys_are_replaced(change: str) -> None:
     feed(layers, 3, 1, batch)
 
 
+def test_a_copy_goes_its_own_way() -> None:
+    layer = RoomyLayer()
+    layer.update(*states(5, 0))
+    twin = copy.deepcopy(layer)
+    feed([layer], 1, 1)
+    plain = DynamicLayer()
+    plain.update(*states(5, 0))
+    feed([plain, twin], 1, 2)
+    feed([plain, twin], 1, 3)
+
+
+def test_it_follows_when_only_values_are_replaced() -> None:
+    layers: list[DynamicLayer] = [DynamicLayer(), RoomyLayer()]
+    feed(layers, 5, 0)
+    for layer in layers:
+        assert layer.values is not None
+        layer.values = layer.values.flip(0)
+    feed(layers, 1, 1)
+
+
 def test_a_cache_used_again_after_a_reset() -> None:
     layers: list[DynamicLayer] = [DynamicLayer(), RoomyLayer()]
     feed(layers, 5, 0)
@@ -88,6 +109,14 @@ def test_only_plain_empty_layers_are_given_room() -> None:
     assert [type(layer) for layer in cache.layers] == [DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer]
     assert cache.layer_class_to_replicate is RoomyLayer
     give_room(OnCpu(), (), {"past_key_values": None})
+
+
+def test_a_cache_that_has_room_is_let_through_without_a_look_at_the_model() -> None:
+    cache = DynamicCache()
+    give_room(OnCpu(), (), {"past_key_values": cache})
+    cache.update(*states(2, 0), 0)
+    assert [type(layer) for layer in cache.layers] == [RoomyLayer]
+    give_room(nn.Module(), (), {"past_key_values": cache})  # which has no device
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

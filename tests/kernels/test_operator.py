@@ -105,3 +105,10 @@ def test_the_transposed_reference_adds_up_tiles(monkeypatch: pytest.MonkeyPatch)
     layout, g = sign_planes(100, 72), random(3, 100)
     monkeypatch.setattr(reference, "TILE_WEIGHTS", 1000)
     torch.testing.assert_close(reference.matmul_transposed(g, layout), g @ layout.dequantize())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+def test_traced_by_torch_jit() -> None:
+    linear, x = QuantizedLinear(sign_planes(20, 72)), random(3, 72)
+    traced = torch.jit.trace(linear, x)
+    torch.testing.assert_close(traced(2 * x), linear(2 * x))
