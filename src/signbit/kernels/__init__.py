@@ -25,7 +25,7 @@ def matmul(x: Tensor, layout: Layout, int8: bool = False) -> Tensor:
     A compiled or exported model, and whoever wants gradients, meets one operator. Everybody else skips torch's
     dispatcher, which would take longer than the product with a small matrix.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or type(x) is not Tensor
     if traced or (x.requires_grad and torch.is_grad_enabled()):
         return operator.matmul(x, list(layout.buffers()), layout.description, int8)
     return dispatch.matmul(x, layout, int8)
