@@ -33,7 +33,8 @@ struct Avx512 {
         _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), value);
     }
 
-    // Words [count] of 16 rows to vectors of one word each, ``stride`` apart; those behind count, up to a whole 16, are 0.
+    // Words [count] of 16 rows to vectors of one word each, ``stride`` apart; those behind count, up to a whole 16, are
+    // 0.
     static void load_words(const uint8_t* const* rows, int64_t count, U* out, int64_t stride) {
         for (int64_t word = 0; word < count; word += 16) {
             const __mmask16 present = static_cast<__mmask16>((1ull << least(count - word, 16)) - 1);

@@ -6,9 +6,9 @@
 //
 //     y += scale0 (T - Z - 2 U)  +  scale1 (Z - 2 B)  +  mean0 (T - Z)  +  mean1 Z
 //
-// that is: a sum of terms, each the sum of the activations that some bits choose, times a weighted sum of the codebook's
-// numbers. All that these layouts can be in different ways (scales of columns: activations of another kind; a residual
-// sign; one mean, two or none) changes nothing but the list of terms, which is made once (coded_matrix.cpp).
+// that is: a sum of terms, each the sum of the activations that some bits choose, times a weighted sum of the
+// codebook's numbers. All that these layouts can be in different ways (scales of columns: activations of another kind;
+// a residual sign; one mean, two or none) changes nothing but the list of terms, which is made once (coded_matrix.cpp).
 //
 // Salient columns have codebooks of their own. Their activations are of a kind that is zero everywhere else, and only
 // the nibbles are looked up that have one of these columns.
@@ -184,7 +184,9 @@ template <class I>
 class PartAhead {
    public:
     PartAhead(const CodedPlanes& part, const Tile<I>& tile, int64_t steps) {
-        for (const Plane* plane : {&part.signs, &part.zones, &part.residual}) add(plane->data, plane->row_bytes, tile, steps);
+        for (const Plane* plane : {&part.signs, &part.zones, &part.residual}) {
+            add(plane->data, plane->row_bytes, tile, steps);
+        }
         for (int64_t set = 0; set < part.sets; set++) {
             for (const Coefficients* numbers : {&part.set[set].scales, &part.set[set].means}) {
                 add(numbers->data, numbers->per_row * (numbers->type == Scalar::f32 ? 4 : 2), tile, steps);

@@ -177,8 +177,8 @@ const std::vector<Run>& CodedMatrix::assign(Codebooks& set, const Positions& boo
 
 std::vector<float> floats_of(Coefficients coefficients, int64_t first, int64_t count) {
     std::vector<float> floats(count);
-    const char* data = static_cast<const char*>(coefficients.data) + first * static_cast<int64_t>(size_of(coefficients.type));
-    to_floats(data, coefficients.type, count, floats.data());
+    const int64_t start = first * static_cast<int64_t>(size_of(coefficients.type));
+    to_floats(static_cast<const char*>(coefficients.data) + start, coefficients.type, count, floats.data());
     return floats;
 }
 

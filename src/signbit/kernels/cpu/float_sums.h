@@ -1,7 +1,7 @@
 // Sums of looked-up floats, for instruction sets that have no lookup of 16-bit integers.
 //
-// With activations in 8 bits the tables hold integers all the same: float32 adds those exactly, so the sums are the same
-// to the bit as those of integers, and only take longer.
+// With activations in 8 bits the tables hold integers all the same: float32 adds those exactly, so the sums are the
+// same to the bit as those of integers, and only take longer.
 
 #pragma once
 

@@ -81,7 +81,8 @@ struct IntegerOperations {
     static void floats(const void* from, Scalar type, int64_t count, float* to) { to_floats(from, type, count, to); }
 };
 
-// The 32 codes of a word of columns, of a row of ``fields``. Whole: all are there; the last word of a row may have fewer.
+// The 32 codes of a word of columns, of a row of ``fields``. Whole: all are there; the last word of a row may have
+// fewer.
 template <class I, int Bits, bool Whole>
 inline void word_of_codes(const uint8_t* row, const Fields<Bits>& fields, int64_t word, typename I::F* q) {
     const uint8_t* parts[Fields<Bits>::count];

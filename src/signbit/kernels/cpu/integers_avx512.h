@@ -66,8 +66,8 @@ struct IntegerOperations<Avx512> {
                 values = _mm512_maskz_loadu_ps(present, static_cast<const float*>(from) + i);
             } else {
                 const __m256i shorts = _mm256_maskz_loadu_epi16(present, static_cast<const uint16_t*>(from) + i);
-                values = type == Scalar::f16 ? _mm512_cvtph_ps(shorts)
-                                             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16));
+                const __m512i upper_halves = _mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16);
+                values = type == Scalar::f16 ? _mm512_cvtph_ps(shorts) : _mm512_castsi512_ps(upper_halves);
             }
             _mm512_mask_storeu_ps(to + i, present, values);
         }
@@ -125,7 +125,8 @@ struct IntegerOperations<Avx512> {
         }
         const bool whole = 2 * pair + 2 < x.words;
         for (int r = 0; r < kRowsTogether; r++) {
-            const __m512i codes = whole ? bytes<Bits, true>(rows[r], fields, pair) : bytes<Bits, false>(rows[r], fields, pair);
+            const __m512i codes = whole ? bytes<Bits, true>(rows[r], fields, pair)
+                                        : bytes<Bits, false>(rows[r], fields, pair);
             for (int t = 0; t < T; t++) part[r][t].sum = _mm512_dpbusd_epi32(part[r][t].sum, codes, activations[t]);
         }
     }

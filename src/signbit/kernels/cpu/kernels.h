@@ -47,8 +47,9 @@ struct Run {
 // Runs of a matrix with groups of ``group_size`` columns, the last perhaps narrower; 0: one group of all.
 std::vector<Run> runs_of(int64_t columns, int64_t group_size);
 
-// One lookup: a nibble of a word (counted from the block's first), of which only the bits in a mask matter; the mask has
-// the nibble in its lowest bits. If lookups find two nibbles at once, it is this one and the one 16 columns further.
+// One lookup: a nibble of a word (counted from the block's first), of which only the bits in a mask matter; the mask
+// has the nibble in its lowest bits. If lookups find two nibbles at once, it is this one and the one 16 columns
+// further.
 struct Lookup {
     int32_t word, nibble;
     uint32_t mask;
@@ -75,7 +76,6 @@ constexpr int64_t kFewTokens = 2;
 
 // The most tokens that are multiplied at a time.
 constexpr int64_t kTokens = 16;
-
 
 using Rows = void (*)(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
                       int64_t stride);
@@ -122,8 +122,6 @@ struct Matrix {
     virtual Rows few(const Isa&) const { return nullptr; }
     // The layout's own struct, as its rows function knows it.
     virtual const void* self() const = 0;
-    // What is left to do to a token's outputs [n].
-    virtual void finish(float*) const {}
 };
 
 // y [tokens, n] = x [tokens, m] W^T; contiguous, both of the same type.

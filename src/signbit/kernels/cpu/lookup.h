@@ -1,11 +1,11 @@
 // Sums of activations by lookup: the engine under every layout.
 //
-// A nibble of a bit plane asks for one of the 16 sums that four activations can make. These are computed once, 16 floats
-// for every four columns, and then a vector permutation looks a nibble up for as many rows as a vector has lanes: shift,
-// permute and add, for 4 weights of each row. Lanes are rows, so sums need no adding up across a vector, and the
-// coefficients of rows and groups are vectors like everything else. What it takes is that words of different rows stand
-// side by side: words are transposed as they are loaded, 16 words of 16 rows in 64 shuffles, which is a quarter of the
-// lookups that follow.
+// A nibble of a bit plane asks for one of the 16 sums that four activations can make. These are computed once, 16
+// floats for every four columns, and then a vector permutation looks a nibble up for as many rows as a vector has
+// lanes: shift, permute and add, for 4 weights of each row. Lanes are rows, so sums need no adding up across a vector,
+// and the coefficients of rows and groups are vectors like everything else. What it takes is that words of different
+// rows stand side by side: words are transposed as they are loaded, 16 words of 16 rows in 64 shuffles, which is a
+// quarter of the lookups that follow.
 //
 // With activations in 8 bits the sums of four fit in 16 bits, and one permutation looks two nibbles up, that of columns
 // 4c .. 4c+3 and that of 4c+16 .. 4c+19, for the same rows.
@@ -13,7 +13,8 @@
 // This file is compiled once for each instruction set. I, the instruction set, has
 //
 //     F, U                    vectors of ``lanes`` floats, 32-bit words
-//     strips                  vectors side by side, which share what is read from tables; a tile has lanes * strips rows
+//     strips                  vectors side by side, which share what is read from tables; a tile has
+//                             lanes * strips rows
 //     load_words              words of ``lanes`` rows, transposed
 //     load_coefficients       16-bit floats of ``lanes`` rows, transposed
 //     Sum<Int8>               what the words of a run add up to, exact or of integers:

@@ -128,7 +128,6 @@ void multiply_few(const Matrix& matrix, const Isa& isa, const char* x, char* y, 
         rows(matrix.self(), activations.data(), task * step, std::min((task + 1) * step, matrix.n), work.y, matrix.n);
     });
     for (int64_t token = 0; token < tokens; token++) {
-        matrix.finish(work.y + token * matrix.n);
         from_floats(work.y + token * matrix.n, matrix.n, type, y + token * matrix.n * width);
     }
 }

@@ -2,10 +2,10 @@
 //
 //     y = ordinary  +  sum over salient weights of  x_j (s (code_scale (q + 1/2) - scale) + code_offset - mean)
 //
-// The signs are multiplied as if no weight were salient (sign_planes.h), and then the salient ones, about a tenth, are put
-// right one by one: their activations are gathered. They are stored by strips of 16 rows. Of a few at a time, places are
-// decoded from the gaps between them (layouts/positions.py) or from a bitmap, and codes from their bit planes, and both
-// serve all tokens.
+// The signs are multiplied as if no weight were salient (sign_planes.h), and then the salient ones, about a tenth, are
+// put right one by one: their activations are gathered. They are stored by strips of 16 rows. Of a few at a time,
+// places are decoded from the gaps between them (layouts/positions.py) or from a bitmap, and codes from their bit
+// planes, and both serve all tokens.
 
 #pragma once
 
@@ -180,7 +180,7 @@ class StripOfSalient {
     bool next_of_bitmap() {
         const int64_t rows = least(kStripRows, w_.ordinary.n - strip_ * kStripRows);
         const uint8_t* bitmap = w_.bitmap.data + strip_ * kStripRows * w_.bitmap.row_bytes;
-        for (count = 0; count < kSalientBatch; place[count++] = static_cast<uint32_t>(row_ * w_.m + word_ * 32 - 32 + bit_)) {
+        for (count = 0; count < kSalientBatch;) {
             while (!word_bits_) {
                 if (4 * word_ == w_.bitmap.row_bytes) {
                     row_++;
@@ -189,16 +189,18 @@ class StripOfSalient {
                 if (row_ >= rows) return count > 0;
                 const uint8_t* b = bitmap + row_ * w_.bitmap.row_bytes + 4 * word_++;
                 word_bits_ = b[0] | b[1] << 8 | b[2] << 16 | static_cast<uint32_t>(b[3]) << 24;
-                if (32 * word_ > w_.m) word_bits_ &= ~0u >> (32 * word_ - w_.m);  // what is behind the columns marks nothing
+                // What is behind the columns marks nothing.
+                if (32 * word_ > w_.m) word_bits_ &= ~0u >> (32 * word_ - w_.m);
             }
-            bit_ = __builtin_ctz(word_bits_);
+            const int bit = __builtin_ctz(word_bits_);
             word_bits_ &= word_bits_ - 1;
+            place[count++] = static_cast<uint32_t>(row_ * w_.m + word_ * 32 - 32 + bit);
         }
         return true;
     }
 
     const Partial& w_;
-    int64_t strip_, code_ = 0, gap_ = 0, end_ = 0, row_ = 0, word_ = 0, bit_ = 0;
+    int64_t strip_, code_ = 0, gap_ = 0, end_ = 0, row_ = 0, word_ = 0;
     uint32_t place_ = 0, word_bits_ = 0;
 };
 

@@ -30,13 +30,14 @@ struct PartialOperations<Avx512> {
         const __m512i low = bytes(gaps, at, least(gaps.bits, 8)), none = _mm512_setzero_si512();
         const __m512i high = gaps.bits > 8 ? bytes({gaps.data + 8 * gaps.width, gaps.width, gaps.bits - 8}, at,
                                                    gaps.bits - 8) : none;
+        const __m512i escapes = _mm512_set1_epi32(static_cast<int>(escape));
         int64_t found = 0;
 #pragma GCC unroll 3
         for (int64_t part = 0; part < 3; part++) {
             const __mmask16 there = static_cast<__mmask16>((1u << greatest(0, least(16, count - 16 * part))) - 1);
             __m512i gap = sixteen(low, part);
             if (gaps.bits > 8) gap = _mm512_or_si512(gap, _mm512_slli_epi32(sixteen(high, part), 8));
-            const __mmask16 marks = _mm512_mask_cmpneq_epi32_mask(there, gap, _mm512_set1_epi32(static_cast<int>(escape)));
+            const __mmask16 marks = _mm512_mask_cmpneq_epi32_mask(there, gap, escapes);
             const __m512i steps = _mm512_mask_add_epi32(gap, marks, gap, _mm512_set1_epi32(1));
             __m512i sums = _mm512_maskz_mov_epi32(there, steps);
             sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 15));
@@ -90,7 +91,8 @@ struct PartialOperations<Avx512> {
                 const __m512 size = _mm512_fmadd_ps(slope, code, middle);
                 const __m512 value = _mm512_maskz_add_ps(there, _mm512_xor_ps(size, _mm512_castsi512_ps(sign)), offset);
                 for (int64_t token = 0; token < x_.tokens; token++) {
-                    const __m512 x = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, column, numbers(x_, token), 4);
+                    const __m512 x =
+                        _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, column, numbers(x_, token), 4);
                     sum_[token] = _mm512_fmadd_ps(value, x, sum_[token]);
                 }
             }

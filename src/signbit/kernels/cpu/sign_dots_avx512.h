@@ -35,7 +35,8 @@ struct Chunks {
             const int64_t rest = words - 16 * chunk;
             step[chunk] = _mm512_maskz_loadu_ps(first_of_16(rest), steps + 16 * chunk);
             for (int i = 0; i < 8; i++) {
-                x[chunk][i] = _mm512_maskz_loadu_epi32(first_of_16(8 * (rest - 2 * i)), integers + 512 * chunk + 64 * i);
+                const __mmask16 present = first_of_16(8 * (rest - 2 * i));
+                x[chunk][i] = _mm512_maskz_loadu_epi32(present, integers + 512 * chunk + 64 * i);
             }
             bit_by_bit(x[chunk]);
             if (sums) {
@@ -57,7 +58,8 @@ struct Chunks {
         const __m512i order = _mm512_add_epi8(row, _mm512_mullo_epi64(column, _mm512_set1_epi64(0x0101010101010101)));
         __m512i even[4], odd[4];
         for (int i = 0; i < 4; i++) {
-            const __m512i a = _mm512_permutexvar_epi8(order, x[2 * i]), b = _mm512_permutexvar_epi8(order, x[2 * i + 1]);
+            const __m512i a = _mm512_permutexvar_epi8(order, x[2 * i]);
+            const __m512i b = _mm512_permutexvar_epi8(order, x[2 * i + 1]);
             even[i] = _mm512_unpacklo_epi64(a, b);
             odd[i] = _mm512_unpackhi_epi64(a, b);
         }
@@ -110,7 +112,8 @@ inline __m512 negative_of(const uint8_t* signs, const Chunks& chunks, int64_t wo
     return negative;
 }
 
-// What a row of signs is, times the scales of its groups, each a quarter of a chunk; ``group`` is the first. In 16 parts.
+// What a row of signs is, times the scales of its groups, each a quarter of a chunk; ``group`` is the first. In 16
+// parts.
 inline __m512 grouped_product(const uint8_t* signs, const Chunks& chunks, int64_t words, const Coefficients& scales,
                               int64_t row, int64_t group) {
     const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);

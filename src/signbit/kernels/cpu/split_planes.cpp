@@ -74,9 +74,9 @@ class SplitPlanesMatrix : public CodedMatrix {
             const int32_t column = salient_.columns[i];
             const int64_t block = column / (32 * kBlockWords);
             Move move{i / 32, static_cast<int32_t>(column / 32 % kBlockWords), column % 32 - i % 32, 1u << column % 32};
-            const bool first = !ends[block];
-            if (!first && moves.back().from == move.from && moves.back().to == move.to && moves.back().left == move.left) {
-                moves.back().mask |= move.mask;
+            Move* last = ends[block] ? &moves.back() : nullptr;
+            if (last && last->from == move.from && last->to == move.to && last->left == move.left) {
+                last->mask |= move.mask;
             } else {
                 moves.push_back(move);
             }

@@ -12,8 +12,8 @@
 //                                                           which is a region other than the first
 //
 // Signs and regions are stored for kept weights only. So a block of columns is first decoded, row by row, to planes of
-// bits in the order of the columns: kept ones from their ranks by a table, and then bits are deposited where weights are
-// kept. 64 columns are so many cells, and so many kept weights, that all cursors are known beforehand.
+// bits in the order of the columns: kept ones from their ranks by a table, and then bits are deposited where weights
+// are kept. 64 columns are so many cells, and so many kept weights, that all cursors are known beforehand.
 
 #pragma once
 
@@ -42,7 +42,7 @@ struct Structured {
     int64_t cells, kept;          // of 64 columns, if cells of M columns fit them
     Plane signs, ranks, regions;  // regions: bits, or five trits a byte
     const uint16_t* choices;      // columns that are kept, by rank
-    const uint8_t* choices_of_8;  // the same for cells of 8, for all numbers of 7 bits, of which higher ones are ignored
+    const uint8_t* choices_of_8;  // the same for cells of 8, for all numbers of 7 bits, the higher of which are ignored
     uint8_t ranks_of_8[64];       // of the ranks of 8 times 8 cells, the bytes that 64 bits begin with
     const uint8_t* trits;         // [2][256]: bits of those of a byte's five trits that are 1, and that are 2
     Coefficients scales, means, salient_scales, salient_means;
@@ -354,7 +354,8 @@ class StructuredTile {
         RunsOf run(kinds_[1], word, count);
         for (int64_t i = block ? w_.pieces_end[block - 1] : 0; i < w_.pieces_end[block]; i++) {
             const SalientPiece& piece = w_.pieces[i];
-            const Column<I> ordinary = salient_scales_.at(2 * piece.group), rest = salient_scales_.at(2 * piece.group + 1);
+            const Column<I> ordinary = salient_scales_.at(2 * piece.group);
+            const Column<I> rest = salient_scales_.at(2 * piece.group + 1);
             Column<I> kept = ordinary + rest;
             if (w_.salient_means.data) kept = kept + salient_means_.at(piece.group);
             const Words<I>* words[] = {&plane_[0], &plane_[1], w_.regions_count == 3 ? &residual_ : &plane_[2]};
