@@ -1,4 +1,4 @@
-// Sign planes times one token in 8 bits, with AVX-512: as fast as memory, where lookups (sign_planes.h) are not.
+// Sign planes times few tokens in 8 bits, with AVX-512: nearer to the speed of memory than lookups (sign_planes.h).
 //
 // vpdpbusd adds products of unsigned bytes, here 0 and 1, and signed ones, the activations. vgf2p8affineqb multiplies
 // every byte by a matrix of bits, and so moves one of its bits, the same in all 64, to where a number has its lowest:
