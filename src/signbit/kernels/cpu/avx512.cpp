@@ -119,11 +119,6 @@ struct Avx512::Sum<false> {
         }
         return index;
     }
-    static Index index(const U* w, uint32_t mask) {
-        U masked[strips];
-        for (int s = 0; s < strips; s++) masked[s] = both(w[s], bits(mask));
-        return index(masked);
-    }
     void add(const Index& index, const char* table) {
         F odd[strips];
 #pragma GCC unroll 8
@@ -183,11 +178,6 @@ struct Avx512::Sum<true> {
             }
         }
         return index;
-    }
-    static Index index(const U* w, uint32_t mask) {
-        U masked[strips];
-        for (int s = 0; s < strips; s++) masked[s] = both(w[s], bits(mask));
-        return index(masked);
     }
     void add(const Index& index, const char* table) {
 #pragma GCC unroll 4

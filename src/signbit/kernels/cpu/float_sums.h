@@ -48,11 +48,6 @@ struct FloatSums {
         }
         return index;
     }
-    static Index index(const U* w, uint32_t mask) {
-        U masked[I::strips];
-        for (int s = 0; s < I::strips; s++) masked[s] = I::both(w[s], I::bits(mask));
-        return index(masked);
-    }
     void add(const Index& index, const char* table) {
         const float* sums = reinterpret_cast<const float*>(table);
 #pragma GCC unroll 8

@@ -19,7 +19,7 @@
 //     load_coefficients       16-bit floats of ``lanes`` rows, transposed
 //     Sum<Int8>               what the words of a run add up to, exact or of integers:
 //         tabulate(x, table)      the tables of one word's 32 activations, ``table_bytes``
-//         index(words[, mask])    what a lookup needs of a word (or of the bits in a mask), for all strips
+//         index(words)            what a lookup needs of a word, for all strips
 //         add(index, table)       look all of a word's nibbles up
 //         nibbles                 how many of them one lookup finds: nibble c, and c + 4 if there are two
 //         add_one(words, nibble, mask, table)   look one nibble (or two) of the bits in a mask up, in its own table
@@ -229,6 +229,15 @@ struct Outputs {
     }
 };
 
+// What lookups need of the bits of a word that are in a mask.
+template <class I, class Sum>
+inline typename Sum::Index index_of(const typename I::U* words, uint32_t mask) {
+    if (mask == ~0u) return Sum::index(words);
+    typename I::U masked[I::strips];
+    for (int s = 0; s < I::strips; s++) masked[s] = I::both(words[s], I::bits(mask));
+    return Sum::index(masked);
+}
+
 // For each of at most Most tokens (one alone stays in registers) the sum of its activations where the words' bits are
 // set, over the columns of one run. What a lookup needs of a word, its index, is computed once and serves all tokens.
 template <class I, bool Int8, int64_t Most>
@@ -245,7 +254,7 @@ inline void look_up_tokens(const Words<I>& words, const RunsOf& run, const Activ
         uint32_t mask = ~0u;
         if (i == run.from) mask &= run.first;
         if (i == last) mask &= run.last;
-        const auto index = mask == ~0u ? Sum::index(words.w[i]) : Sum::index(words.w[i], mask);
+        const auto index = index_of<I, Sum>(words.w[i], mask);
         if (ahead) ahead->step();
         for (int64_t token = 0; token < tokens; token++) {
             sum[token].add(index, tables + token * table_stride + i * Sum::table_bytes);

@@ -123,11 +123,6 @@ struct Neon::Sum<true> {
         }
         return index;
     }
-    static Index index(const U* w, uint32_t mask) {
-        U masked[strips];
-        for (int s = 0; s < strips; s++) masked[s] = both(w[s], bits(mask));
-        return index(masked);
-    }
     void add(const Index& index, const char* table) {
 #pragma GCC unroll 4
         for (int c = 0; c < 4; c++) {
