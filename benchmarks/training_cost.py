@@ -49,7 +49,7 @@ def loop_of(kind: str, arguments: argparse.Namespace, directory: Path, seconds: 
     if kind == "latent":
         model = make_student(Path(arguments.start), source, options, device, False)
     else:
-        model = open_model(arguments.model, device=device.type)[0].float().requires_grad_(False)
+        model = open_model(arguments.model, device=device.type, dtype=torch.float32)[0].requires_grad_(False)
         for block in find_blocks(model)[1]:
             for linear in linears_of(block).values():
                 linear.weight.requires_grad_()

@@ -5,10 +5,14 @@
 
 The quantized prefix feeds the next block, so later blocks see, and correct for, what earlier ones lost. At any time one
 block, the activations of the calibration set and the Hessians of one block are in memory, never the model.
+
+With ``tune`` there is a second set of activations, of the original model, which say what each block is to give
+(tuning/block.py); the block is tuned before it is run again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +51,7 @@ from signbit.recipe import Recipe
 from signbit.report.quantization import LayerReport, QuantizationReport
 from signbit.source import Source, release, set_parameter
 from signbit.timing import phase
+from signbit.tuning.block import BlockTuner
 
 # Tokens that go through a block at once: enough for full matrix speed, few enough that activations inside a block stay
 # small beside its weights.
@@ -63,6 +68,18 @@ class _Calibration:
     hessian: Tensor
     factor: Factor
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Original:
+    """What the errors of one linear are measured against: its weight, Hessian and mean input."""
+
+    weight: Tensor
+    hessian: Tensor | None
+    mean: Tensor | None
+
+    def errors(self, quantized: Tensor) -> tuple[float, float | None]:
+        return layer_errors(self.weight, quantized, self.hessian, self.mean)
 
 
 class BlockwiseRun:
@@ -82,6 +99,9 @@ class BlockwiseRun:
         self.outer_specs: dict[str, dict[str, Any]] = {}
         self.outer_modules: list[str] = []
         self.windows: Tensor | None = None
+        # The original model's hidden states, and what its linears were, for as long as tuning needs them.
+        self.original_states: list[Tensor] = []
+        self.originals: dict[str, _Original] = {}
         self.options: list[MethodOptions] = []
         linears = {f"{self.prefix}.{i}.{name}" for i, block in enumerate(self.blocks) for name in linears_of(block)}
         self.example = min(linears)
@@ -112,16 +132,23 @@ class BlockwiseRun:
             self._store_outer()
         inputs = self._calibration_inputs()
         self.options = self._options_of_blocks(inputs)
+        if inputs is not None and self.recipe.common.tune is not None:
+            self.original_states = list(inputs.hidden)
         done = 0
         while done < len(self.blocks) and self.journal.has(block_name(done)):
             done += 1
         reports: list[LayerReport] = []
+        tuning: list[tuple[float, float]] = []
         with self.progress.task("quantizing blocks", len(self.blocks)) as task:
             for index, block in enumerate(self.blocks):
                 if index < done:
                     replay = inputs is not None and done < len(self.blocks)
                     finished = self.journal.read_block(index, tensors=replay)
                     if inputs is not None and replay:
+                        if self.original_states:
+                            self._load_block(index, set(self._linears(index)))
+                            self.original_states = self._original_outputs(index, inputs)
+                            block.to("meta")
                         self._restore_block(index, finished)
                         inputs.run(index, keep=True)
                 else:
@@ -129,6 +156,7 @@ class BlockwiseRun:
                     with phase("writing"):
                         self.journal.write_block(index, finished)
                 reports += finished.reports
+                tuning += [finished.tuning] if finished.tuning else []
                 block.to("meta")
                 return_free_memory()
                 task.advance()
@@ -138,6 +166,7 @@ class BlockwiseRun:
             fingerprint=self.source.fingerprint,
             layers=reports,
             unquantized={key: why for key, why in self.unquantized.items() if key not in stored_otherwise},
+            tuning=tuning,
         )
 
     def _skipped(self, linears: set[str]) -> dict[str, str]:
@@ -224,7 +253,8 @@ class BlockwiseRun:
             with phase("calibration text"):
                 self.journal.write("tokens", {"tokens": self._calibration_tokens()})
         tokens = self.journal.read("tokens")["tokens"]
-        size = max(1, _TOKENS_PER_CALL[self.device.type] // common.seqlen)
+        # A batch is also a step of tuning.
+        size = common.tune.batch if common.tune else max(1, _TOKENS_PER_CALL[self.device.type] // common.seqlen)
         inputs = BlockInputs(self.blocks)
         first = f"{self.prefix}.0"
         self.source.materialize(self.blocks[0], first, self.compute, self.device)
@@ -306,6 +336,7 @@ class BlockwiseRun:
         linears = self._linears(index)
         with phase("loading"):
             self._load_block(index, set(linears))
+        targets = [] if inputs is None or not self.original_states else self._original_outputs(index, inputs)
         capture = HessianCapture(dict(linears))
         if inputs is not None:
             with capture.watching(block):
@@ -315,10 +346,42 @@ class BlockwiseRun:
             replace_module(block, name, QuantizedLinear(packed, linears[name].bias))
             layers[report.name] = describe(packed)
             reports.append(report)
+        tuning = None
+        if inputs is not None and targets:
+            tuning = self._tune_block(index, inputs, targets)
+            reports = [self._report_again(report) for report in reports]
         if inputs is not None:
             inputs.run(index, keep=True)
             inputs.check_finite(prefix)
-        return FinishedBlock(layers, reports, self._stored_tensors(block, prefix))
+        return FinishedBlock(layers, reports, self._stored_tensors(block, prefix), tuning)
+
+    def _original_outputs(self, index: int, inputs: BlockInputs) -> list[Tensor]:
+        """What the original block makes of the original states."""
+        with phase("forward"):
+            return [inputs.call(index, batch, states) for batch, states in enumerate(self.original_states)]
+
+    def _tune_block(self, index: int, inputs: BlockInputs, targets: list[Tensor]) -> tuple[float, float]:
+        """Tune a quantized block; its error before and after."""
+        options = self.recipe.common.tune
+        assert options is not None
+        prefix = f"{self.prefix}.{index}."
+        weights = {name.removeprefix(prefix): original.weight for name, original in self.originals.items()}
+        tuner = BlockTuner(
+            self.blocks[index], partial(inputs.call, index), inputs.hidden, targets, weights, options, self.storage
+        )
+        with phase("tuning"):
+            before, after = tuner.tune(seed=self.recipe.common.seed + index)
+        self.original_states = targets
+        self.progress.note(f"{self.prefix}.{index}: error {before:.4f}, tuned {after:.4f}")
+        return before, after
+
+    def _report_again(self, report: LayerReport) -> LayerReport:
+        """The report of a linear that was tuned."""
+        linear = self.model.get_submodule(report.name)
+        assert isinstance(linear, QuantizedLinear)
+        with phase("errors"):
+            weight_error, output_error = self.originals.pop(report.name).errors(linear.packed.dequantize())
+        return dataclasses.replace(report, weight_error=weight_error, output_error=output_error)
 
     def _quantize_linears(
         self, index: int, linears: dict[str, Linear], capture: HessianCapture, calibrated: bool
@@ -361,7 +424,10 @@ class BlockwiseRun:
                 raise SignbitError(f"{name}: scales are too small for {packed.kind} to hold: use scale_dtype=bfloat16")
             if mean is not None:
                 packed = packed.with_bias((weight - quantized) @ mean)
-            weight_error, output_error = layer_errors(weight, quantized, hessian, mean)
+            original = _Original(weight, hessian, mean)
+            weight_error, output_error = original.errors(quantized)
+            if self.original_states:
+                self.originals[name] = original
         return packed, LayerReport(
             name=name,
             shape=list(packed.shape),

@@ -45,11 +45,13 @@ from signbit.safetensors_file import StoredTensor, atomic_file, read_header, wri
 
 @dataclass
 class FinishedBlock:
-    """layers: linear name -> layout description; reports in the order of work; tensors: everything to be stored."""
+    """layers: linear name -> layout description; reports in the order of work; tensors: everything to be stored;
+    tuning: the block's error before and after, if it was tuned."""
 
     layers: dict[str, dict[str, Any]]
     reports: list[LayerReport]
     tensors: dict[str, Tensor]
+    tuning: tuple[float, float] | None = None
 
 
 class Journal:
@@ -164,15 +166,18 @@ class Journal:
         metadata = {
             "layers": json.dumps(block.layers),
             "reports": json.dumps(list(map(dataclasses.asdict, block.reports))),
+            "tuning": json.dumps(block.tuning),
         }
         self.write(block_name(index), block.tensors, metadata)
 
     def read_block(self, index: int, *, tensors: bool = True) -> FinishedBlock:
         _, metadata = read_header(self._file(block_name(index)))
+        tuning = json.loads(metadata["tuning"])
         return FinishedBlock(
             layers=json.loads(metadata["layers"]),
             reports=[LayerReport(**fields) for fields in json.loads(metadata["reports"])],
             tensors=self.read(block_name(index)) if tensors else {},
+            tuning=None if tuning is None else (tuning[0], tuning[1]),
         )
 
     def stored(self, name: str) -> list[StoredTensor]:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from signbit.errors import SignbitError
 from signbit.methods import METHODS, Method, MethodOptions
 from signbit.training.options import TrainingOptions
+from signbit.tuning.options import TuneOptions
 
 Options = TypeVar("Options", bound=BaseModel)
 RowCodec = Literal["keep", "int8", "int4"]
@@ -53,6 +54,9 @@ class CommonOptions(BaseModel):
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="storage of what is not quantized; auto: as in the original"
     )
+    tune: TuneOptions | None = Field(
+        None, description="tune each block to give the original block's output; keys: see tuning"
+    )
 
 
 class Recipe:
@@ -63,8 +67,8 @@ class Recipe:
     """
 
     def __init__(self, fields: dict[str, Any]) -> None:
+        fields = _nested(fields)
         self.given: frozenset[str] = frozenset(fields)
-        fields = dict(fields)
         name = fields.pop("method", None)
         if not isinstance(name, str) or name not in METHODS:
             raise SignbitError(f"unknown method {name!r}{_nearest(name if isinstance(name, str) else '', METHODS)}")
@@ -81,8 +85,9 @@ class Recipe:
         self.training: TrainingOptions | None = _validate(TrainingOptions, training) if training else None
         if self.method.calibrated and self.common.samples == 0:
             raise SignbitError(f"method {name} needs calibration: samples must be at least 1")
-        if self.common.bias_correction and self.common.samples == 0:
-            raise SignbitError("bias_correction needs calibration: samples must be at least 1")
+        for key in ("bias_correction", "tune"):
+            if getattr(self.common, key) and self.common.samples == 0:
+                raise SignbitError(f"{key} needs calibration: samples must be at least 1")
 
     @classmethod
     def load(cls, name_or_file: str, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -147,6 +152,17 @@ def _read(name_or_file: str) -> dict[str, Any]:
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise SignbitError(f"{path} is not a mapping of recipe keys to values")
     return fields
+
+
+def _nested(fields: dict[str, Any]) -> dict[str, Any]:
+    """Keys such as tune.epochs as entries of the mapping below tune."""
+    nested = {key: value for key, value in fields.items() if "." not in key}
+    for key, value in fields.items():
+        outer, dot, inner = key.partition(".")
+        if dot:
+            below = nested.get(outer)
+            nested[outer] = {**(below if isinstance(below, dict) else {}), inner: value}
+    return nested
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

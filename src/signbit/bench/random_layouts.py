@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from signbit.layouts import HaarPlanes, Integers, Layout, Partial, SignPlanes, SplitPlanes, Structured
+from signbit.layouts import HaarPlanes, Integers, Layout, Partial, SignFactors, SignPlanes, SplitPlanes, Structured
 from signbit.layouts.haar_planes import SalientPart
 from signbit.layouts.ranks import choices
 
@@ -58,6 +58,13 @@ def two_planes(n: int, m: int) -> Layout:
 
 def onebit(n: int, m: int) -> Layout:
     return SignPlanes.encode(_bits(1, n, m), _coefficients(m, 1, n, 1), None, 0, _coefficients(1, m))
+
+
+def sign_factors(n: int, m: int) -> Layout:
+    """At most one bit a weight, if that pays for a word of ranks."""
+    rank = max(32, n * m // (n + m) // 32 * 32)
+    scales = (_coefficients(rank * m, 1, n), _coefficients(1, 1, rank), _coefficients(1, 1, m))
+    return SignFactors.encode(_bits(1, n, rank), _bits(1, rank, m), *scales)
 
 
 def billm(n: int, m: int) -> Layout:
@@ -142,6 +149,7 @@ MAKERS: dict[str, Callable[[int, int], Layout]] = {
     "sign, groups": sign_in_groups,
     "two planes": two_planes,
     "onebit": onebit,
+    "sign factors": sign_factors,
     "billm": billm,
     "hbllm": hbllm,
     "stbllm 4:8": stbllm,

@@ -94,13 +94,17 @@ class BlockInputs:
     @torch.no_grad()
     def run(self, index: int, *, keep: bool) -> None:
         """Call block ``index`` on every batch. ``keep``: its outputs become the hidden states."""
-        block = self._blocks[index]
         for i, hidden in enumerate(self.hidden):
-            call = self._calls[index][i]
             with phase("forward"):
-                output = block(hidden, *call.args, **call.kwargs)
+                output = self.call(index, i, hidden)
             if keep:
-                self.hidden[i] = output[0] if isinstance(output, tuple) else output
+                self.hidden[i] = output
+
+    def call(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """Block ``index`` on these hidden states, called as it is on those of a batch."""
+        call = self._calls[index][batch]
+        output = self._blocks[index](hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
     def check_finite(self, where: str) -> None:
         if not all(all_finite(hidden) for hidden in self.hidden):

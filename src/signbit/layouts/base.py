@@ -7,6 +7,7 @@ arrives; so a checkpoint loads without building a dense weight, and a tensor tha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -94,6 +95,7 @@ class Layout(nn.Module):
 
     kind: ClassVar[str]
     Spec: ClassVar[type[LayoutSpec]]
+    of_columns: ClassVar[frozenset[str]] = frozenset()  # tensors that all rows share
     prepared: Any = None  # what a kernel knows of these tensors; never stored or copied
 
     def __init__(self, spec: LayoutSpec, tensors: dict[str, Tensor] | None = None, device: Any = None) -> None:
@@ -163,6 +165,20 @@ class Layout(nn.Module):
     def dequantize(self, rows: slice = slice(None)) -> Tensor:
         """The matrix (or some of its rows) in float32, exactly as the method decided on it."""
         raise NotImplementedError
+
+    def with_rows(self, rows: slice, tensors: dict[str, Tensor]) -> Layout:
+        """Some of the rows, to be dequantized, with these ``tensors`` of those rows in place of what is stored.
+
+        They may be float32 and have gradients, sign planes as +-1: so a training sees the very matrix that is stored.
+        """
+        found = copy.copy(self)
+        count = len(range(self.spec.shape[0])[rows])
+        found.spec = dataclasses.replace(self.spec, shape=(count, self.spec.shape[1]))
+        found._buffers = {
+            name: tensors.get(name, stored if stored is None or name in self.of_columns else stored[rows])
+            for name, stored in self._buffers.items()
+        }
+        return found
 
     def chains(self) -> list[tuple[Layout, ...]]:
         """Layouts whose products, one after the other along each chain and summed over chains, are this one's.

@@ -50,8 +50,8 @@ def unpack_floats(packed: Tensor, count: int, zero: float, one: float) -> Tensor
 
 
 def unpack_signs(packed: Tensor, count: int) -> Tensor:
-    """Sign bits as float32: +1 for 0, -1 for 1."""
-    return unpack_floats(packed, count, 1.0, -1.0)
+    """Sign bits as float32: +1 for 0, -1 for 1. In training they are float32 already, and only cut to ``count``."""
+    return packed[..., :count] if packed.is_floating_point() else unpack_floats(packed, count, 1.0, -1.0)
 
 
 def as_floats(bits: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ class SalientPart:
 class HaarPlanes(Layout):
     kind = "haar_planes"
     Spec = HaarPlanesSpec
+    of_columns = frozenset({"salient"})
     spec: HaarPlanesSpec
     scales: Tensor
 

@@ -114,14 +114,22 @@ class SignFactors(Layout):
         m, rank = self.spec.shape[1], self.spec.rank
         total = None
         for path in range(self.spec.paths):
-            outer = unpack_signs(self.out_signs[path][rows], rank)
-            if self.spec.rank_scales:
-                outer = outer * self.get_buffer("rank_scales")[path].float()
-            product = outer @ unpack_signs(self.in_signs[path], m)
-            if self.spec.out_scales:
-                product = product * self.get_buffer("out_scales")[path][rows].float().unsqueeze(1)
-            if self.spec.in_scales:
-                product = product * self.get_buffer("in_scales")[path].float()
+            h, inner, g = (
+                self.get_buffer(name)[path].float() if getattr(self.spec, name) else None
+                for name in ("out_scales", "rank_scales", "in_scales")
+            )
+            outer_signs = unpack_signs(self.out_signs[path][rows], rank)
+            product = reconstruct(
+                outer_signs, unpack_signs(self.in_signs[path], m), None if h is None else h[rows], inner, g
+            )
             total = product if total is None else total + product
         assert total is not None
         return total
+
+
+def reconstruct(U: Tensor, V: Tensor, h: Tensor | None, inner: Tensor | None, g: Tensor | None) -> Tensor:
+    """diag(h) U diag(l) V diag(g) of one path, float32; ``inner`` is l. The sums that every form of W is made by."""
+    product = (U if inner is None else U * inner) @ V
+    if h is not None:
+        product = product * h.unsqueeze(1)
+    return product if g is None else product * g

@@ -109,6 +109,7 @@ def _zone(sparse: Tensor, coefficients: Tensor) -> Tensor:
 class SplitPlanes(Layout):
     kind = "split_planes"
     Spec = SplitPlanesSpec
+    of_columns = frozenset({"salient", "column_scales", "salient_column_scales"})
     spec: SplitPlanesSpec
     signs: Tensor
     second: Tensor

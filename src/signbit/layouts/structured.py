@@ -127,6 +127,7 @@ def kept_in_part(columns: int, keep: int, of: int) -> int:
 class Structured(Layout):
     kind = "structured"
     Spec = StructuredSpec
+    of_columns = frozenset({"salient"})
     spec: StructuredSpec
     signs: Tensor
     ranks: Tensor

@@ -39,12 +39,14 @@ class LayerReport:
 
 @dataclass
 class QuantizationReport:
-    """A whole run. ``unquantized`` maps parameter names to reasons; ``seconds`` is the time by phase."""
+    """A whole run. ``unquantized`` maps parameter names to reasons; ``tuning`` has each block's error before and after
+    it was tuned, if it was; ``seconds`` is the time by phase."""
 
     source: str
     fingerprint: str
     layers: list[LayerReport]
     unquantized: dict[str, str]
+    tuning: list[tuple[float, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

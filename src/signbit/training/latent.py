@@ -14,10 +14,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from signbit.errors import SignbitError
-from signbit.layouts import Layout, Partial, SignPlanes
+from signbit.layouts import HaarPlanes, Integers, Layout, Partial, SignFactors, SignPlanes, SplitPlanes, Structured
 from signbit.training.linear import LatentLinear
 from signbit.training.options import TrainingOptions
 from signbit.training.partial import LatentPartial
+from signbit.training.planes import LatentPlanes
+from signbit.training.sign_factors import LatentSignFactors
 from signbit.training.sign_planes import LatentSignPlanes
 
 __all__ = ["LATENT_FORMS", "LatentLinear", "latent_of"]
@@ -25,6 +27,8 @@ __all__ = ["LATENT_FORMS", "LatentLinear", "latent_of"]
 LATENT_FORMS: dict[str, Callable[..., LatentLinear]] = {
     SignPlanes.kind: LatentSignPlanes,
     Partial.kind: LatentPartial,
+    SignFactors.kind: LatentSignFactors,
+    **dict.fromkeys((SplitPlanes.kind, HaarPlanes.kind, Structured.kind, Integers.kind), LatentPlanes),
 }
 
 

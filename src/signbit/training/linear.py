@@ -55,7 +55,8 @@ class LatentLinear(nn.Module):
 
     Parameters that require gradients are trained, all float32 whatever the model is cast to; everything else is a
     buffer, or the module's own bias. Subclasses hold latent weights and coefficients and say, as a
-    :class:`~signbit.training.product.Matrix`, how W follows from them.
+    :class:`~signbit.training.product.Matrix`, how W follows from them; or define :meth:`product` and :meth:`weight`,
+    if a product needs no W.
     """
 
     matrix: Matrix
@@ -104,11 +105,15 @@ class LatentLinear(nn.Module):
         """[out, in] float32, differentiable."""
         return whole(self.matrix, self.operands())
 
+    def product(self, x: Tensor) -> Tensor:
+        """``x W^T`` in x's dtype."""
+        return multiply(x, self.matrix, self.operands())
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         correction = None if self.correction is None else self.correction()
-        return complete(multiply(x, self.matrix, self.operands()), self.start.spec.norm, correction, self.bias)
+        return complete(self.product(x), self.start.spec.norm, correction, self.bias)
 
     @torch.no_grad()
     def pack(self) -> Layout:

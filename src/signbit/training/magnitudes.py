@@ -5,6 +5,14 @@ the same, 0.01 (``latent: constant``). The alternative is the original's |w|, in
 ``latent_scale`` (``weights``): weights that hardly mattered turn first, and rows of small weights turn no sooner than
 others. A magnitude of zero would lose the sign: none is less than a thousandth of the mean.
 
+``margins`` asks what turning would do to the weight's error. Turned, a sign s with coefficient a changes it by
+
+    (w - q + 2 a s)^2 - (w - q)^2 = 4 a^2 m        m = 1 + s (w - q) / a,  the margin
+
+so near m = 0 either sign is as good, and |m|, again in units in which the mean is ``latent_scale``, is how far the
+latent weight starts from zero. It takes planes that correct others for what they are, and a sign that error feedback
+chose against its own weight is not turned sooner than its opposite would be.
+
 With ``scales: optimal`` the scale of a row and group is PB-LLM's closed form (arXiv 2310.00034, section 3.3)
 
     alpha* = mean |w|       the least of || w - alpha sgn(w) ||^2,  w counted from the mean if the layout has one
@@ -32,7 +40,18 @@ def magnitudes(weight: Tensor, ordinary: Tensor, options: TrainingOptions) -> Te
     """How far latent weights [n, m] are from zero at the start. ordinary: float32 [n, m], 1 for those that count."""
     if options.latent == "constant":
         return torch.full_like(weight, options.latent_scale)
-    sizes = weight.abs() * ordinary
+    return relative_sizes(weight.abs(), ordinary, options)
+
+
+def margins(weight: Tensor, quantized: Tensor, signs: Tensor, coefficients: Tensor) -> Tensor:
+    """|m| of each sign; 1 where its coefficient is zero, so that turning it changes nothing."""
+    ratio = signs * (weight - quantized) / coefficients
+    return torch.where(coefficients == 0, 1.0, 1 + ratio).abs()
+
+
+def relative_sizes(sizes: Tensor, ordinary: Tensor, options: TrainingOptions) -> Tensor:
+    """Sizes [n, m] in units in which the mean of each row, of those that count, is ``latent_scale``."""
+    sizes = sizes * ordinary
     means = sizes.sum(1, keepdim=True) / ordinary.sum(1, keepdim=True).clamp(min=1)
     relative = torch.where(means > 0, sizes / means, 1.0)
     return options.latent_scale * relative.clamp_(min=_LEAST)

@@ -34,8 +34,10 @@ class TrainingOptions(BaseModel):
     )
 
     # What is learned
-    latent: Literal["constant", "weights"] = Field(
-        "constant", description="magnitudes of the latent weights at the start: all alike, or as the original weights'"
+    latent: Literal["constant", "weights", "margins"] = Field(
+        "constant",
+        description="magnitudes of the latent weights at the start: all alike, as the original weights', or as what "
+        "turning a sign would cost",
     )
     latent_scale: Positive = Field(0.01, description="the latent weights' mean magnitude at the start")
     straight_through: Literal["identity", "tanh", "clip"] = Field(

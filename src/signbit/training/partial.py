@@ -26,7 +26,7 @@ from signbit.layouts.base import spread
 from signbit.layouts.bits import pack_bits, pack_integers, unpack_bits, unpack_signs
 from signbit.layouts.partial import ordinary_values, salient_values
 from signbit.training.linear import Coefficients, LatentLinear
-from signbit.training.magnitudes import group_sums, magnitudes, optimal_scales, with_means
+from signbit.training.magnitudes import group_sums, magnitudes, margins, optimal_scales, relative_sizes, with_means
 from signbit.training.options import TrainingOptions
 from signbit.training.product import Operands
 from signbit.training.straight_through import Estimator, sgn, sgn_gradient, through
@@ -116,8 +116,14 @@ class LatentPartial(LatentLinear):
     def _starting(self, weight: Tensor, ordinary: Tensor, options: TrainingOptions) -> Tensor:
         """Latent weights, zero where a weight is salient."""
         spec = self.start.spec
-        sizes = magnitudes(weight, ordinary, options) * ordinary
         signs = unpack_signs(self.start.signs, spec.shape[1])
+        if options.latent == "margins":
+            found = margins(
+                weight, self.start.dequantize(), signs, spread(self.start.scales, spec.group_size, spec.shape[1])
+            )
+            sizes = relative_sizes(found, ordinary, options) * ordinary
+        else:
+            sizes = magnitudes(weight, ordinary, options) * ordinary
         if self.optimal:
             sizes = with_means(sizes, self.start.scales, spec.group_size, self.counts)
             # A mean magnitude is never negative: the sign of such a scale goes to its weights.

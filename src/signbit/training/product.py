@@ -106,5 +106,6 @@ def _differentiate(matrix: Matrix, operands: Any, of_weight: Tensor, needed: Any
 
 def _tiles(matrix: Matrix, device: torch.device) -> Iterator[slice]:
     n, m = matrix.shape
-    size = max(1, _TILE_WEIGHTS // m) if device.type == "cpu" else n
+    # Pairs of rows, which a transform over rows mixes, stay together.
+    size = max(2, _TILE_WEIGHTS // m // 2 * 2) if device.type == "cpu" else n
     return (slice(start, min(start + size, n)) for start in range(0, n, size))

@@ -31,6 +31,7 @@ from signbit.memory import return_free_memory
 from signbit.pipeline import already_finished, quantize, target_of
 from signbit.progress import Progress, Silent
 from signbit.recipe import Recipe
+from signbit.report.beside import write_checkpoint_page
 from signbit.report.quantization import QuantizationReport
 from signbit.safetensors_file import write_text
 from signbit.source import Source, remove_workspaces
@@ -289,6 +290,7 @@ def _assemble(run: Run, source: Source, found: Snapshot, journal: Journal) -> Qu
     report = student.retrained_report(run.start, source, packed, errors)
     checkpoint.assemble_retrained(run.start, packed, run.recipe, journal, report)
     write_text(journal.staging / record.FILE, found.record.to_json() + "\n")
+    write_checkpoint_page(journal.staging)
     return report
 
 

@@ -27,7 +27,15 @@ from signbit.layouts.base import spread
 from signbit.layouts.bits import pack_bits, unpack_signs
 from signbit.layouts.sign_planes import reconstruct
 from signbit.training.linear import Coefficients, LatentLinear
-from signbit.training.magnitudes import counts_of, group_sums, magnitudes, optimal_scales, with_means
+from signbit.training.magnitudes import (
+    counts_of,
+    group_sums,
+    magnitudes,
+    margins,
+    optimal_scales,
+    relative_sizes,
+    with_means,
+)
 from signbit.training.options import TrainingOptions
 from signbit.training.product import Operands
 from signbit.training.straight_through import Estimator, sgn, sgn_gradient
@@ -100,6 +108,12 @@ class LatentSignPlanes(LatentLinear):
         spec = self.start.spec
         latents = unpack_signs(self.start.signs, spec.shape[1])
         every = torch.ones_like(weight)
+        if options.latent == "margins" and not self.optimal:
+            coefficients = spread(self.start.scales, spec.group_size, spec.shape[1])
+            if spec.column_scales:
+                coefficients = coefficients * self.start.get_buffer("column_scales").float()
+            sizes = margins(weight, self.start.dequantize(), latents, coefficients)
+            return latents * torch.stack([relative_sizes(plane, every, options) for plane in sizes])
         sizes = magnitudes(weight, every, options)
         if self.optimal:
             sizes = with_means(sizes, self.start.scales[0], spec.group_size, self._counts())

@@ -1,0 +1,23 @@
+"""The recipe's key ``tune``: how each block is tuned after its linears are quantized."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from signbit.training.options import NotNegative, Positive
+from signbit.training.straight_through import Estimator
+
+
+class TuneOptions(BaseModel):
+    """Keys below ``tune`` in a recipe, or tune.KEY on the command line."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(4, ge=1, description="passes over the calibration text, for each block")
+    batch: int = Field(2, ge=1, description="calibration sequences in a step")
+    signs: bool = Field(True, description="turn signs too, through latent weights; false: coefficients only")
+    norms: bool = Field(False, description="tune the weights of the block's norms too, which stay in 16 bits")
+    lr: Positive = Field(3e-4, description="peak learning rate of latent weights, whose mean magnitude is 0.01")
+    scale_lr: Positive = Field(1e-3, description="of scales and means, relative to their size, and of norms")
+    straight_through: Estimator = Field("identity", description="the gradient of a latent weight's sign")
+    max_grad_norm: NotNegative = Field(0.0, description="the norm that gradients are clipped to; 0: not at all")
