@@ -155,6 +155,33 @@ def inspection_tables(result: dict[str, Any], per_layer: bool = True) -> list[Ta
     return tables
 
 
+def export_tables(result: dict[str, Any]) -> list[Table]:
+    """What an export made of the matrices, and why some have no exact type."""
+    written = _table("written as", "matrices", "of them exactly", "relative error of all")
+    for kind, found in result["types"].items():
+        written.add_row(kind, str(found["matrices"]), str(found["exact"]), f"{found['relative_error']:.2g}")
+    if not result.get("inexact"):
+        return [written]
+    reasons = _table("not exact in GGUF because", "matrices")
+    for reason, count in result["inexact"].items():
+        reasons.add_row(reason, str(count))
+    return [written, reasons]
+
+
+def tasks_table(result: dict[str, Any]) -> Table:
+    """Each task's metrics with their standard errors, then the averages of named groups."""
+    table = _table(f"lm-evaluation-harness {result['harness']}", "rows", "metric", "value", "standard error")
+    for name, found in {**result["tasks"], **result["groups"]}.items():
+        first, rows = name, f"{found['n']:,}" if "n" in found else f"{len(found['tasks'])} tasks"
+        for metric, value in found.items():
+            error = metric.replace(",", "_stderr,", 1) if "," in metric else f"{metric}_stderr"
+            if error in found:
+                cells = ["-" if number is None else f"{number:,.4f}" for number in (value, found[error])]
+                table.add_row(first, rows, metric, *cells)
+                first = rows = ""
+    return table
+
+
 def _table(*headers: str) -> Table:
     """A table that breaks long names rather than cutting them."""
     table = Table()

@@ -1,4 +1,4 @@
-"""Evaluation runs what is stored: perplexity, and divergence from the original model."""
+"""Evaluation runs what is stored: perplexity, divergence from the original model, zero-shot tasks."""
 
 from signbit.evaluation.run import evaluate
 
