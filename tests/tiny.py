@@ -182,6 +182,11 @@ def build(family: str, *, tie: bool | None = None, seed: int = 0) -> PreTrainedM
     config = CONFIGS[family]()
     if tie is not None:
         config.tie_word_embeddings = tie
+    return random_model(config, seed)
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The same for any configuration."""
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # The usual initialisation (std 0.02, biases 0, norms 1) would hide a lost bias or norm, and give flat predictions.
     torch.manual_seed(seed)  # here, so that the weights do not depend on how transformers initialises

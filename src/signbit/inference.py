@@ -49,7 +49,6 @@ def open_model(
     return opened.eval(), load_tokenizer(model, path, trust_remote_code=trust_remote_code)
 
 
-@torch.inference_mode()
 def generate(
     model: str,
     prompt: str,
@@ -62,12 +61,31 @@ def generate(
     trust_remote_code: bool = False,
 ) -> str:
     """Continue ``prompt``; returns the new text only. temperature 0 is greedy; activations: see set_activations."""
+    check_request(prompt, max_tokens, temperature)
+    opened, tokenizer = open_model(model, device=device, trust_remote_code=trust_remote_code)
+    set_activations(opened, activations)
+    return continue_text(opened, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+
+def check_request(prompt: str, max_tokens: int, temperature: float = 0.0) -> None:
+    """Refuse what can be seen to fail before a model is opened."""
     if not prompt:
         raise SignbitError("the prompt is empty")
     if max_tokens < 1 or not 0 <= temperature < math.inf:
         raise SignbitError("max-tokens must be at least 1 and temperature a number of at least 0")
-    opened, tokenizer = open_model(model, device=device, trust_remote_code=trust_remote_code)
-    set_activations(opened, activations)
+
+
+@torch.inference_mode()
+def continue_text(
+    opened: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """What an opened model writes after ``prompt``."""
     ids = tokenize(tokenizer, prompt, opened.config).unsqueeze(0).to(opened.device)
     check_seqlen(opened.config, ids.shape[1] + max_tokens)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
