@@ -215,6 +215,7 @@ def test_nothing_is_left_behind(
         "generation_config.json",
         "model.safetensors",
         "modeling_signbit.py",
+        "report.html",
         "signbit_report.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -5,6 +5,8 @@
     signbit.load(directory)                (model, tokenizer), packed
     signbit.evaluate(model, ...)           perplexity, divergence from the original
     signbit.inspect(directory)             honest bits, itemised
+    signbit.compare([model, ...], page)    all of this side by side, as one HTML page
+    signbit.export(model, out, to=...)     a plain Hugging Face model, or a .gguf file
     signbit.set_activations(model, "int8") round activations to 8 bits, for speed
 
 Importing signbit registers it with transformers, so that ``AutoModelForCausalLM.from_pretrained`` loads its
@@ -16,9 +18,11 @@ from signbit.accounting import inspect
 from signbit.checkpoint import load
 from signbit.errors import SignbitError
 from signbit.evaluation import evaluate
+from signbit.exporting import export
 from signbit.modules import set_activations
 from signbit.pipeline import quantize
 from signbit.recipe import Recipe, presets
+from signbit.report.compare import compare
 from signbit.training.run import export_snapshot, train
 from signbit.version import __version__
 
@@ -26,7 +30,9 @@ __all__ = [
     "Recipe",
     "SignbitError",
     "__version__",
+    "compare",
     "evaluate",
+    "export",
     "export_snapshot",
     "inspect",
     "load",

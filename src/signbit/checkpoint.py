@@ -178,20 +178,26 @@ def assemble_retrained(
 
 def _write_weights(directory: Path, stored: list[StoredTensor]) -> None:
     """One file, or shards as transformers would cut them."""
+    by_name = {tensor.name: tensor for tensor in stored}
+    files, index = split_shards({name: tensor.nbytes for name, tensor in by_name.items()})
+    for file, names in files.items():
+        copy_tensors((by_name[name] for name in names), directory / file)
+    if index is not None:
+        write_text(directory / INDEX, index)
+
+
+def split_shards(nbytes: dict[str, int]) -> tuple[dict[str, list[str]], str | None]:
+    """File -> names of tensors, cut as transformers would cut them, and the index of shards if there are several."""
     limit = python_inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default
     split = split_state_dict_into_shards_factory(
-        {tensor.name: tensor for tensor in stored},
-        get_storage_size=lambda tensor: tensor.nbytes,
-        get_storage_id=lambda tensor: None,
+        nbytes,
+        get_storage_size=lambda size: size,
+        get_storage_id=lambda size: None,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=limit,
     )
-    by_name = {tensor.name: tensor for tensor in stored}
-    for file, names in split.filename_to_tensors.items():
-        copy_tensors((by_name[name] for name in names), directory / file)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_text(directory / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
+    return split.filename_to_tensors, None if index is None else json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def publish(journal: Journal, out: Path) -> None:

@@ -20,6 +20,7 @@ from signbit.errors import SignbitError
 from signbit.journal import Journal, describe_difference, run_failed
 from signbit.progress import Progress, Silent
 from signbit.recipe import Recipe
+from signbit.report.beside import write_checkpoint_page
 from signbit.report.quantization import QuantizationReport
 from signbit.source import Source, open_source, remove_workspaces, resolve
 from signbit.timing import Stopwatch
@@ -107,6 +108,7 @@ def _quantize(
         checkpoint.assemble(
             source, recipe, journal, report, run.outer_specs, run.outer_modules, run.storage, len(run.blocks)
         )
+        write_checkpoint_page(journal.staging)
     checkpoint.publish(journal, out)
     report.seconds = dict(stopwatch.seconds)
     return report

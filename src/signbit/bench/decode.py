@@ -40,13 +40,13 @@ def bench_decode(
 ) -> dict[str, Any]:
     """Tokens a second of ``model`` at batch 1, the time it takes to be ready, its memory, and what its kernels take.
 
-    against: another model, which takes turns with it, in bfloat16 unless it is a signbit checkpoint.
+    against: another model, which takes turns with it. A model that is not a signbit checkpoint is run in bfloat16.
     """
     if tokens < 2 or prompt_tokens < 1:
         raise SignbitError("tokens must be at least 2 and prompt-tokens at least 1")
     before = memory()
     started = time.perf_counter()
-    opened, _ = inference.open_model(model, device="cpu", trust_remote_code=trust_remote_code)
+    opened = _open(model, trust_remote_code)
     ready = time.perf_counter() - started
     loaded = memory()
     modules.set_activations(opened, activations)
@@ -54,7 +54,7 @@ def bench_decode(
     runs[0].turn()
     decoded = memory()
     if against is not None:
-        runs.append(_Run(_open_other(against, trust_remote_code), prompt_tokens, tokens))
+        runs.append(_Run(_open(against, trust_remote_code), prompt_tokens, tokens))
         runs[1].turn()
     for run in runs:
         run.seconds.clear()  # the first turn touched every page and warmed every cache
@@ -77,7 +77,7 @@ def bench_decode(
     return result
 
 
-def _open_other(model: str, trust_remote_code: bool) -> PreTrainedModel:
+def _open(model: str, trust_remote_code: bool) -> PreTrainedModel:
     path = resolve(model)
     packed = path.is_dir() and checkpoint.is_checkpoint(path)
     dtype = None if packed else torch.bfloat16
@@ -180,9 +180,12 @@ def _memory(
 ) -> dict[str, Any] | None:
     """before: the interpreter and its libraries; loaded, decoded: with the model; the ratios are to the checkpoint."""
     path = resolve(model)
-    if before is None or loaded is None or decoded is None or not path.is_dir():
+    if before is None or loaded is None or decoded is None:
         return None
-    checkpoint_bytes = sum(tensor.nbytes for tensor in read_directory(path).values())
+    if path.is_file():  # GGUF, with tokenizer and all
+        checkpoint_bytes = path.stat().st_size
+    else:
+        checkpoint_bytes = sum(tensor.nbytes for tensor in read_directory(path).values())
     resident = decoded.resident - cache_bytes
     return {
         "checkpoint": checkpoint_bytes,

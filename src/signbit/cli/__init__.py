@@ -13,11 +13,15 @@ import huggingface_hub
 import transformers
 
 from signbit.cli.bench import bench_group
+from signbit.cli.chat import chat_command
+from signbit.cli.compare import compare_command
 from signbit.cli.evaluate import eval_command
+from signbit.cli.export import export_command
 from signbit.cli.generate import generate_command
 from signbit.cli.inspect import inspect_command
 from signbit.cli.methods import methods_command
 from signbit.cli.quantize import quantize_command, train_command
+from signbit.cli.serve import serve_command
 from signbit.errors import SignbitError
 from signbit.version import __version__
 
@@ -35,8 +39,12 @@ for _command in (
     quantize_command,
     train_command,
     eval_command,
+    compare_command,
     inspect_command,
     generate_command,
+    chat_command,
+    serve_command,
+    export_command,
     bench_group,
     methods_command,
 ):

@@ -24,6 +24,12 @@ activations = click.option(
 json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout.")
 
 
+def check_json(file: str | None) -> None:
+    """Refuse, before hours of work, a file that cannot be written after them."""
+    if file is not None and not Path(file).parent.is_dir():
+        raise SignbitError(f"{file} cannot be written: {Path(file).parent} does not exist")
+
+
 def write_json(result: dict[str, Any], file: str | None) -> None:
     if file is None:
         return

@@ -1,0 +1,1 @@
+"""Other programs that run signbit's checkpoints as they are stored."""
