@@ -377,6 +377,32 @@ def test_activations_in_8_bits(isa: str, name: str, m: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("group", [0, 128, 384])
+@pytest.mark.parametrize(("share", "gap_bits"), [(0.03, 6), (0.06, 5), (0.1, 4), (0.2, 3), (0.3, 2)])
+def test_partial_matrices_of_many_windows(share: float, gap_bits: int, group: int, mean: bool) -> None:
+    # Few tokens have kernels of their own where rows are whole windows of 64 columns.
+    layout, x = partial(8, share, group, mean)(35, 4160), random(2, 4160)
+    assert isinstance(layout, Partial)
+    assert layout.spec.gap_bits == gap_bits
+    for tokens in (1, 2):
+        check(kernels.matmul(x[:tokens], layout), x[:tokens], layout)
+        check(kernels.matmul(x[:tokens], layout, int8=True), rounded(x[:tokens]), layout)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["partial", "partial, a row's codes"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_exact_products(name: str, value: float) -> None:
+    layout, x = MAKERS[name](33, 576), random(2, 576)
+    before = kernels.matmul(x, layout)
+    x[1, 5] = value
+    y = kernels.matmul(x, layout)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[0], before[0])
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", MAKERS)
 def test_rounding_activations_costs_little(name: str) -> None:
     layout, x = MAKERS[name](100, 576), random(4, 576)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +62,15 @@ def _environment() -> Environment:
         "fixed": figures.fixed,
         "share": figures.percent,
         "bytes": figures.size,
+        "folded": _folded,
         "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100),
     }
     return environment
+
+
+def _folded(text: str) -> str:
+    """A written text without the space around it, and with a mark for any run of lines that hold nothing."""
+    return re.sub(r"\n(\s*\n){2,}", "\n⋮\n", text.strip())
 
 
 def _asset(environment: Environment, name: str) -> str:

@@ -7,6 +7,7 @@ to. The multiplication is signbit's own, with its C++ kernels on CPUs and in pla
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from signbit.checkpoint import METHOD_NAME, check_version
 from signbit.errors import SignbitError
 from signbit.integrations.vllm.shards import Description, Shards
 from signbit.layouts import Integers, parse_spec
+
+# What checkpoints call the linears of experts; vLLM's names for those layers differ by architecture.
+_OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @register_quantization_config(METHOD_NAME)
@@ -53,6 +57,12 @@ class SignbitConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SignbitConfig:
         check_version(config, "config.json")
+        experts = next((name for name in config["layers"] if _OF_EXPERT.search(name)), None)
+        if experts is not None:
+            raise SignbitError(
+                f"{experts} belongs to an expert, and packed experts do not run in vLLM: use signbit serve, or "
+                "export to dense"
+            )
         return cls(config["layers"], next(iter(config["outer_modules"]), ""))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -69,7 +79,6 @@ class SignbitConfig(QuantizationConfig):
             return TyingHeadMethod() if isinstance(layer, ParallelLMHead) else UnquantizedEmbeddingMethod()
         if isinstance(layer, LinearBase):
             return PackedLinearMethod(described) if described else UnquantizedLinearMethod()
-        self._refuse_experts(prefix)
         return None
 
     def _described(self, prefix: str) -> list[Description]:
@@ -84,14 +93,6 @@ class SignbitConfig(QuantizationConfig):
                 f"vLLM joins {packed[0]}, which is packed, and {left}, which is not: quantize both, or skip both"
             )
         return [(name, *parse_spec(name, self.layers[name])) for name in packed]
-
-    def _refuse_experts(self, prefix: str) -> None:
-        """Nothing but experts, whose class has had several names, holds linears and asks for a method of its own."""
-        if any(name.startswith(f"{prefix}.") for name in self.layers):
-            raise SignbitError(
-                f"{prefix} are packed experts, which signbit does not run in vLLM: use signbit serve, or signbit "
-                "export --to dense"
-            )
 
 
 class _PackedMethod:

@@ -222,11 +222,24 @@ bool supported() {
 
 #include "integers_avx512.h"
 #include "partial_avx512.h"
+#include "partial_dots_avx512.h"
 #include "sign_dots_avx512.h"
 #include "structured_avx512.h"
 
 namespace kernels {
 
-const Isa kAvx512 = avx512::isa_of<avx512::Avx512>("avx512", avx512::supported, avx512::sign_dots_rows);
+namespace avx512 {
+
+constexpr Isa with_dots() {
+    Isa isa = isa_of<Avx512>("avx512", supported);
+    isa.sign_dots = sign_dots_rows;
+    isa.partial_dots[0] = partial_dots_rows<false>;
+    isa.partial_dots[1] = partial_dots_rows<true>;
+    return isa;
+}
+
+}  // namespace avx512
+
+const Isa kAvx512 = avx512::with_dots();
 
 }  // namespace kernels

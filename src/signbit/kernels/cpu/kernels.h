@@ -92,7 +92,9 @@ struct Isa {
     void (*prepare_numbers)(const float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* numbers,
                             float* steps, float* sums);
     Rows sign_planes[2];     // exact, int8; each layout's rows [first, last): y[token * stride + row]
-    Rows sign_dots;          // sign planes times few tokens in 8 bits, from numbers; null where lookups are as fast
+    // Times few tokens, from numbers; null where lookups are as fast.
+    Rows sign_dots;          // in 8 bits
+    Rows partial_dots[2];
     Rows coded[2];
     Rows integers[2];
     Rows structured[2];
@@ -118,8 +120,8 @@ struct Matrix {
     virtual int64_t kind_words(int64_t) const { return words; }
     virtual const std::vector<Run>& kind_runs(int64_t) const { return runs; }
     virtual Rows rows(const Isa& isa, bool int8) const = 0;
-    // What does better than rows() for few tokens in 8 bits, from numbers; null if nothing does.
-    virtual Rows few(const Isa&) const { return nullptr; }
+    // What does better than rows() for few tokens, from the numbers of the first kind; null if nothing does.
+    virtual Rows few(const Isa&, bool) const { return nullptr; }
     // The layout's own struct, as its rows function knows it.
     virtual const void* self() const = 0;
 };

@@ -13,7 +13,7 @@ namespace kernels {
 namespace SIGNBIT_ISA {
 
 template <class I>
-constexpr Isa isa_of(const char* name, bool (*supported)(), Rows sign_dots = nullptr) {
+constexpr Isa isa_of(const char* name, bool (*supported)()) {
     Isa isa{};
     isa.name = name;
     isa.supported = supported;
@@ -24,7 +24,6 @@ constexpr Isa isa_of(const char* name, bool (*supported)(), Rows sign_dots = nul
     isa.prepare_numbers = prepare_numbers;
     isa.sign_planes[0] = sign_planes_rows<I, false>;
     isa.sign_planes[1] = sign_planes_rows<I, true>;
-    isa.sign_dots = sign_dots;
     isa.coded[0] = coded_rows<I, false>;
     isa.coded[1] = coded_rows<I, true>;
     isa.integers[0] = integers_rows<I, false>;

@@ -16,8 +16,14 @@ namespace {
 // Bytes of tables that are in use at a time: they are read again for every tile, and belong in the second-level cache.
 constexpr int64_t kTableBytes = 1 << 20;
 
-// Rows of a task: whole tiles, so many that a task is worth its start, so few that threads end together.
-constexpr int64_t kTilesPerTask = 16;
+// Tiles of a task: so many that a task is worth its start, so few that threads end together; layouts with strips of
+// rows want a multiple of four.
+constexpr int64_t kLeastTiles = 4, kMostTiles = 16, kTasksPerThread = 3;
+
+int64_t rows_of_task(const Isa& isa, int64_t n, int threads) {
+    const int64_t tiles = n / (isa.tile * kTasksPerThread * std::max(threads, 1));
+    return isa.tile * std::clamp(tiles / kLeastTiles * kLeastTiles, kLeastTiles, kMostTiles);
+}
 
 // Memory of the calling thread that stays from one call to the next.
 class Workspace {
@@ -98,8 +104,8 @@ void multiply_few(const Matrix& matrix, const Isa& isa, const char* x, char* y, 
     Work(measure, matrix, table_bytes, tokens);
     Pieces pieces{workspace.reserve(measure.used)};
     Work work(pieces, matrix, table_bytes, tokens);
-    const int64_t kinds = matrix.kinds();
-    const Rows few = int8 && tokens <= kFewTokens ? matrix.few(isa) : nullptr;
+    const Rows few = tokens <= kFewTokens ? matrix.few(isa, int8) : nullptr;
+    const int64_t kinds = few ? 1 : matrix.kinds();
 
     std::vector<Activations> activations;
     for (int64_t kind = 0; kind < kinds; kind++) {
@@ -123,7 +129,7 @@ void multiply_few(const Matrix& matrix, const Isa& isa, const char* x, char* y, 
     }
 
     const Rows rows = few ? few : matrix.rows(isa, int8);
-    const int64_t step = isa.tile * kTilesPerTask, tasks = (matrix.n + step - 1) / step;
+    const int64_t step = rows_of_task(isa, matrix.n, threads), tasks = (matrix.n + step - 1) / step;
     parallel_for(tasks, threads, [&](int64_t task) {
         rows(matrix.self(), activations.data(), task * step, std::min((task + 1) * step, matrix.n), work.y, matrix.n);
     });

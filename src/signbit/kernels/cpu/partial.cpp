@@ -13,6 +13,7 @@ struct PartialMatrix : Matrix {
     int64_t kinds() const override { return 2; }
     Form form(int64_t kind) const override { return kind ? Form::numbers : Form::tables; }
     Rows rows(const Isa& isa, bool int8) const override { return isa.partial[int8]; }
+    Rows few(const Isa& isa, bool int8) const override { return partial.regular() ? isa.partial_dots[int8] : nullptr; }
     const void* self() const override { return &partial; }
 };
 

@@ -21,6 +21,10 @@ namespace kernels {
 
 constexpr int64_t kStripRows = 16;
 
+// What few tokens are multiplied with from end to end of a row (partial_dots_avx512.h): so many columns at a time, and
+// so many at most.
+constexpr int64_t kDotWindow = 64, kMostDotColumns = 32768;
+
 // Integers as bit planes, [bits][width] bytes.
 struct BitPlanes {
     const uint8_t* data;
@@ -34,6 +38,12 @@ struct Partial {
     Plane bitmap;
     const int32_t* ends;    // of each strip: where its codes end, and, unless there is a bitmap, its gaps
     Coefficients code_scales, code_offsets;
+
+    // Whether rows are whole windows, groups whole steps of activations, and gaps shorter than a window.
+    bool regular() const {
+        return m % kDotWindow == 0 && m <= kMostDotColumns && gaps.bits >= 2 && gaps.bits <= 6 &&
+               (group_size % (32 * kStepWords) == 0 || group_size >= m);
+    }
 };
 
 #ifdef SIGNBIT_ISA

@@ -21,10 +21,10 @@ struct SignPlanesMatrix : Matrix {
         for (int64_t i = 0; i < m; i++) out[i] *= x[i];
     }
     Rows rows(const Isa& isa, bool int8) const override { return isa.sign_planes[int8]; }
-    // Dot products want groups of whole rows, or of 128 columns.
-    Rows few(const Isa& isa) const override {
+    // Dot products want 8 bits, and groups of whole rows, or of 128 columns.
+    Rows few(const Isa& isa, bool int8) const override {
         const bool quarters = runs[0].end == kStepWords && runs[0].last == ~0u;
-        return runs.size() == 1 || quarters ? isa.sign_dots : nullptr;
+        return int8 && (runs.size() == 1 || quarters) ? isa.sign_dots : nullptr;
     }
     const void* self() const override { return &planes; }
 };

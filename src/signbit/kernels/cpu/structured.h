@@ -203,6 +203,12 @@ class DecodedRows {
 
     static void spread(const uint8_t* bytes, int64_t cursor, int64_t each, int64_t count, const uint64_t* columns,
                        uint64_t* out) {
+        if (each == 32) {  // where half of the weights is kept, the bit to begin at is always the same
+            for (int64_t i = 0; i < count; i++) {
+                out[i] = little_endian(deposit(bits_from(bytes + 4 * i, cursor), columns[i]));
+            }
+            return;
+        }
         for (int64_t i = 0; i < count; i++) {
             out[i] = little_endian(deposit(bits_from(bytes, cursor + i * each), columns[i]));
         }
@@ -270,7 +276,13 @@ class StructuredTile {
           means_(w.means, tile),
           salient_scales_(w.salient_scales, tile),
           salient_means_(w.salient_means, tile),
-          rows_(w) {}
+          rows_(w) {
+        const Coefficients* all[] = {&w.scales, &w.means, &w.salient_scales, &w.salient_means};
+        for (int i = 0; i < 4; i++) {
+            const int64_t row_bytes = all[i]->per_row * (all[i]->type == Scalar::f32 ? 4 : 2);
+            if (all[i]->data) ahead_[i] = Ahead<I>(all[i]->data, row_bytes, tile, kinds[0].runs);
+        }
+    }
 
     void add(int64_t word, int64_t count) {
         rows_.decode(tile_, word, count);
@@ -322,6 +334,7 @@ class StructuredTile {
     }
 
     void ordinary(const RunsOf& run, int64_t planes) {
+        for (Ahead<I>& coefficients : ahead_) coefficients.step();
         Column<I> coefficients[2 * kMaxRegions];
         for (int64_t r = 0; r < w_.regions_count; r++) {
             const Column<I> scale = scales_.at(run.index * w_.regions_count + r);
@@ -379,6 +392,7 @@ class StructuredTile {
     const Activations* kinds_;
     Outputs<I>& out_;
     CoefficientTile<I> scales_, means_, salient_scales_, salient_means_;
+    Ahead<I> ahead_[4];
     Words<I> plane_[2 * kMaxRegions], residual_;
     DecodedRows<I> rows_;
 };
