@@ -391,6 +391,26 @@ def test_partial_matrices_of_many_windows(share: float, gap_bits: int, group: in
 
 
 @needs_kernels
+@pytest.mark.parametrize("salient_row", [0, 7, 15])
+def test_partial_matrices_with_rows_where_nothing_is_salient(salient_row: int) -> None:
+    n, m = 17, 32768
+    salient = torch.zeros(n, m, dtype=torch.bool)
+    salient[salient_row] = random(m) > 1
+    layout = Partial.encode(
+        negative=random(n, m) < 0,
+        scales=(0.5 + random(n, 1).abs()).half(),
+        means=None,
+        salient=salient,
+        q=torch.full((n, m), 5, dtype=torch.uint8),
+        code_bits=4,
+        code_scales=(0.1 + random(n, 1).abs()).half(),
+        code_offsets=None,
+        group_size=0,
+    )
+    check(kernels.matmul(random(1, m), layout), random(1, m), layout)
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", ["partial", "partial, a row's codes"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so_in_exact_products(name: str, value: float) -> None:

@@ -12,7 +12,7 @@ from matrices import random_inputs, random_weight
 from signbit.errors import SignbitError
 from signbit.layouts import Layout, SignPlanes
 from signbit.layouts.base import SCALE_DTYPES
-from signbit.methods import rtn, sign
+from signbit.methods import sign
 from signbit.methods.sign import SignOptions
 from signbit.modules import QuantizedLinear
 from signbit.training import product
@@ -155,11 +155,6 @@ def test_optimal_scales_are_refused_where_there_is_no_formula(planes: int, colum
         latent_of(
             random_start(planes, 3, 40, 0, False, columns), torch.randn(3, 40), None, options_of(scales="optimal")
         )
-
-
-def test_a_layout_without_a_latent_form_is_refused_with_those_that_have_one() -> None:
-    with pytest.raises(SignbitError, match="layout integers cannot be trained, sign_planes and partial can"):
-        latent_of(rtn.integer_rows(torch.randn(3, 40), 4, "float16"), torch.randn(3, 40), None, options_of())
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

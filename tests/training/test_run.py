@@ -301,10 +301,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a batch that does not divide": ({"batch": 3}, r"batch 3 is no multiple of 2"),
     "all held out": ({"heldout": 5000}, r"heldout keeps 5000 back: give a longer text"),
     "sequences beyond the model's": ({"seqlen": 257}, "256 positions"),
-    "a layout without latents": (
-        {"method": "billm", "samples": 8},
-        r"split_planes, which cannot be trained.*sign_planes",
-    ),
     "a start of another method": ({"method": "sign"}, "was made by method"),
     "weights that leave no betas": ({"betas": [0.9, 1]}, "'betas.1'.*less than 1"),
     "negative betas": ({"betas": [-0.1, 0.9]}, "'betas.0'"),

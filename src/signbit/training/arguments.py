@@ -19,7 +19,6 @@ from signbit.recipe import Recipe
 from signbit.report.quantization import QuantizationReport
 from signbit.safetensors_file import files_of
 from signbit.source import Source, open_source, resolve
-from signbit.training.latent import LATENT_FORMS
 from signbit.training.loop import accumulation_of
 from signbit.training.options import TrainingOptions
 from signbit.training.processes import Processes
@@ -80,12 +79,6 @@ def from_start(recipe: Recipe) -> Recipe:
 
 def check(run: Run) -> None:
     """Refuse what can be seen without opening anything."""
-    layout = run.recipe.method.layout.kind
-    if layout not in LATENT_FORMS:
-        raise SignbitError(
-            f"method {run.recipe.method.name} decides on {layout}, which cannot be trained, "
-            f"{' and '.join(LATENT_FORMS)} can: take a method that decides on those"
-        )
     accumulation_of(run.options, run.processes.count)
     check_losses(run.options)
     if run.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:

@@ -2,7 +2,7 @@
 
 A latent linear is made from a packed matrix (what a method decided on: the start) and the original weight, computes
 with exactly the matrix that its latents would be packed as, and is packed at the end in the layout that it came from.
-So whatever layout has a latent form can be trained, whichever method decided on it:
+Every layout has a latent form, so whatever a method decides on can be trained:
 
     packed layout --latent_of--> LatentLinear --train--> LatentLinear --pack--> packed layout
 """
@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from signbit.errors import SignbitError
 from signbit.layouts import HaarPlanes, Integers, Layout, Partial, SignFactors, SignPlanes, SplitPlanes, Structured
 from signbit.training.linear import LatentLinear
 from signbit.training.options import TrainingOptions
@@ -22,9 +21,9 @@ from signbit.training.planes import LatentPlanes
 from signbit.training.sign_factors import LatentSignFactors
 from signbit.training.sign_planes import LatentSignPlanes
 
-__all__ = ["LATENT_FORMS", "LatentLinear", "latent_of"]
+__all__ = ["LatentLinear", "latent_of"]
 
-LATENT_FORMS: dict[str, Callable[..., LatentLinear]] = {
+_FORMS: dict[str, Callable[..., LatentLinear]] = {
     SignPlanes.kind: LatentSignPlanes,
     Partial.kind: LatentPartial,
     SignFactors.kind: LatentSignFactors,
@@ -35,10 +34,7 @@ LATENT_FORMS: dict[str, Callable[..., LatentLinear]] = {
 def latent_of(packed: Layout, weight: Tensor, bias: Tensor | None, options: TrainingOptions) -> LatentLinear:
     """The latent linear that starts as ``packed``.
 
-    weight: the original one, float32 [out, in]; bias: the module's own. SignbitError for a layout or options that
-    cannot be trained.
+    weight: the original one, float32 [out, in]; bias: the module's own. SignbitError for options that the layout
+    cannot have.
     """
-    if packed.kind not in LATENT_FORMS:
-        known = " and ".join(LATENT_FORMS)
-        raise SignbitError(f"layout {packed.kind} cannot be trained, {known} can: take a method that decides on those")
-    return LATENT_FORMS[packed.kind](packed, weight, bias, options)
+    return _FORMS[packed.kind](packed, weight, bias, options)

@@ -183,7 +183,7 @@ class SalientGaps {
     int64_t row_ = 0, gaps_ = 0, begun_ = 0;  // the row's first window; how many there are of gaps, of windows begun
     __m512i last_;                  // where the last gap ended
     alignas(64) uint8_t place_[kMost], mark_[kMost], code_[kMost], codes_[kDecoded];
-    uint16_t begin_[kMostDotColumns / kDotWindow + kKept + kDecoded + 64];
+    uint16_t begin_[kStripRows * kMostDotColumns / kDotWindow + kDecoded + 64];
 };
 
 // Activations as digits, the highest first, and for every 128 columns what the lowest is worth.
