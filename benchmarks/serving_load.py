@@ -19,6 +19,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -223,7 +224,7 @@ def main() -> None:
         answer_with_generate(options.model)
         return
     random.seed(0)
-    log = Path(f"/tmp/serving_load-{os.getpid()}.log")
+    log = Path(tempfile.gettempdir()) / f"serving_load-{os.getpid()}.log"
     server, url = start_server(options.model, options.slots, log)
     try:
         alone, tally = asyncio.run(load(url, options.model, options.clients, options.seconds))

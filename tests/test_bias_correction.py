@@ -61,6 +61,11 @@ def test_layer_errors_are_those_of_the_corrected_outputs() -> None:
     wanted, got = inputs @ weight.T, inputs @ quantized.T + (weight - quantized) @ mean
     expected = float((wanted - got).square().sum() / wanted.square().sum())
     assert layer_errors(weight, quantized, centered, mean)[1] == pytest.approx(expected, rel=1e-3)
+    # By another correction than the mean's own.
+    correction = torch.linspace(-0.1, 0.2, 6)
+    got = inputs @ quantized.T + correction
+    expected_then = float((wanted - got).square().sum() / wanted.square().sum())
+    assert layer_errors(weight, quantized, centered, mean, correction)[1] == pytest.approx(expected_then, rel=1e-3)
     uncorrected = float((wanted - inputs @ quantized.T).square().sum() / wanted.square().sum())
     assert layer_errors(weight, quantized, hessian_of(inputs))[1] == pytest.approx(uncorrected, rel=1e-3)
     assert expected < 0.8 * uncorrected

@@ -78,8 +78,9 @@ class _Original:
     hessian: Tensor | None
     mean: Tensor | None
 
-    def errors(self, quantized: Tensor) -> tuple[float, float | None]:
-        return layer_errors(self.weight, quantized, self.hessian, self.mean)
+    def errors(self, packed: Layout) -> tuple[float, float | None]:
+        correction = packed.get_buffer("bias").float() if packed.spec.bias else None
+        return layer_errors(self.weight, packed.dequantize(), self.hessian, self.mean, correction)
 
 
 class BlockwiseRun:
@@ -380,7 +381,7 @@ class BlockwiseRun:
         linear = self.model.get_submodule(report.name)
         assert isinstance(linear, QuantizedLinear)
         with phase("errors"):
-            weight_error, output_error = self.originals.pop(report.name).errors(linear.packed.dequantize())
+            weight_error, output_error = self.originals.pop(report.name).errors(linear.packed)
         return dataclasses.replace(report, weight_error=weight_error, output_error=output_error)
 
     def _quantize_linears(
@@ -424,10 +425,9 @@ class BlockwiseRun:
                 raise SignbitError(f"{name}: scales are too small for {packed.kind} to hold: use scale_dtype=bfloat16")
             if mean is not None:
                 packed = packed.with_bias((weight - quantized) @ mean)
-            original = _Original(weight, hessian, mean)
-            weight_error, output_error = original.errors(quantized)
+            weight_error, output_error = layer_errors(weight, quantized, hessian, mean)
             if self.original_states:
-                self.originals[name] = original
+                self.originals[name] = _Original(weight, hessian, mean)
         return packed, LayerReport(
             name=name,
             shape=list(packed.shape),
@@ -504,18 +504,24 @@ class BlockwiseRun:
 
 
 def layer_errors(
-    weight: Tensor, quantized: Tensor, hessian: Tensor | None, mean: Tensor | None = None
+    weight: Tensor,
+    quantized: Tensor,
+    hessian: Tensor | None,
+    mean: Tensor | None = None,
+    correction: Tensor | None = None,
 ) -> tuple[float, float | None]:
     """|W - Q| / |W|, and tr(D H D^T) / tr(W H W^T) with D = W - Q; 0 for a layer of zeros.
 
-    mean: what H was taken around, if the error of the mean has been put right.
+    mean: what H was taken around, if the error of the mean has been put right; by exactly D mean, or by ``correction``.
     """
     difference = weight - quantized
     norm = float(weight.norm())
     weight_error = float(difference.norm()) / norm if norm else 0.0
     if hessian is None:
         return weight_error, None
-    power = quadratic(weight, hessian)
+    power, error = quadratic(weight, hessian), quadratic(difference, hessian)
     if mean is not None:
         power += 2 * float((weight @ mean).square().sum())
-    return weight_error, quadratic(difference, hessian) / power if power else 0.0
+        if correction is not None:
+            error += 2 * float((difference @ mean - correction).square().sum())
+    return weight_error, error / power if power else 0.0

@@ -101,7 +101,9 @@ def same(layout: Partial, other: Any) -> bool:
     )
 
 
-@given(starts, st.sampled_from(["learned", "fixed"]), st.sampled_from(["constant", "weights"]), st.booleans())
+@given(
+    starts, st.sampled_from(["learned", "fixed"]), st.sampled_from(["constant", "weights", "margins"]), st.booleans()
+)
 @settings(deadline=None, max_examples=60)
 def test_packed_untrained_it_is_the_start(start: dict[str, Any], scales: str, magnitudes: str, freeze: bool) -> None:
     layout = random_start(**start)
@@ -124,7 +126,7 @@ def test_what_is_trained_is_what_is_packed(start: dict[str, Any], scales: str, f
     assert torch.allclose(latent(x), QuantizedLinear(packed)(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("magnitudes", ["constant", "weights"])
+@pytest.mark.parametrize("magnitudes", ["constant", "weights", "margins"])
 @pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"group_size": 0, "mean": False}], ids=str)
 def test_optimal_scales_start_as_those_of_the_method_and_are_means_over_the_ordinary(
     options: dict[str, Any], magnitudes: str

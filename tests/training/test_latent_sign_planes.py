@@ -83,7 +83,7 @@ starts = st.fixed_dictionaries(
 # --- the start, and what is packed ------------------------------------------------------------------------------------
 
 
-@given(starts, st.sampled_from(["learned", "fixed"]), st.sampled_from(["constant", "weights"]))
+@given(starts, st.sampled_from(["learned", "fixed"]), st.sampled_from(["constant", "weights", "margins"]))
 @settings(deadline=None, max_examples=60)
 def test_packed_untrained_it_is_the_start(start: dict[str, Any], scales: str, magnitudes: str) -> None:
     layout = random_start(**start)
@@ -108,7 +108,7 @@ def test_what_is_trained_is_what_is_packed(start: dict[str, Any], scales: str) -
 
 @pytest.mark.parametrize("dtype", SCALE_DTYPES)
 @pytest.mark.parametrize("size", [0, 32, 7])
-@pytest.mark.parametrize("magnitudes", ["constant", "weights"])
+@pytest.mark.parametrize("magnitudes", ["constant", "weights", "margins"])
 @pytest.mark.parametrize("mean", [False, True])
 def test_optimal_scales_start_as_the_packed_ones_and_are_mean_magnitudes(
     dtype: str, size: int, magnitudes: str, mean: bool
@@ -130,7 +130,7 @@ def test_optimal_scales_start_as_the_packed_ones_and_are_mean_magnitudes(
 @pytest.mark.parametrize("scales", ["learned", "fixed", "optimal"])
 def test_rows_and_weights_of_zeros_keep_their_signs(scales: str) -> None:
     layout = SignPlanes.encode(torch.rand(1, 4, 40) < 0.5, torch.zeros(1, 4, 1).half(), None, 0)
-    for magnitudes in ("constant", "weights"):
+    for magnitudes in ("constant", "weights", "margins"):
         packed = latent_of(layout, torch.zeros(4, 40), None, options_of(scales=scales, latent=magnitudes)).pack()
         assert all(torch.equal(packed.state_dict()[name], tensor) for name, tensor in layout.state_dict().items())
 

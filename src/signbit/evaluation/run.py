@@ -8,23 +8,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel
 
 from signbit.calibration.self_text import write_tokens
 from signbit.calibration.text import SELF, read_text
 from signbit.calibration.tokens import check_seqlen, tokenize
-from signbit.device import choose_device
 from signbit.errors import SignbitError
 from signbit.evaluation.perplexity import score, windows_of
-from signbit.evaluation.store import Store, content_hash, default_cache
+from signbit.evaluation.store import open_store
 from signbit.evaluation.tasks import harness_version, load_tasks, run_tasks
 from signbit.inference import open_model
 from signbit.modules import set_activations
 from signbit.progress import Progress, Silent
 from signbit.source import resolve
-from signbit.version import __version__
 
 # Self-written text for evaluation is written with other seeds than any calibration would use by default.
 _HELD_OUT_SEED = 1_000_003
@@ -94,18 +90,12 @@ def evaluate(
     if texts:
         _score_texts(result, texts, opened, original, windows, progress)
     if loaded:
-        identity = {
-            "model": content_hash(path),
-            "device": choose_device(device).type,
-            "activations": activations,
-            "harness": harness_version(),
-            "signbit": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        }
-        with Store(Path(cache).expanduser() if cache is not None else default_cache(), identity, fresh=fresh) as store:
+        harness = harness_version()
+        with open_store(
+            path, device=device, activations=activations, cache=cache, fresh=fresh, harness=harness
+        ) as store:
             result |= run_tasks(names, loaded, limit, opened, store, progress)
-        result |= {"limit": limit, "harness": identity["harness"]}
+        result |= {"limit": limit, "harness": harness}
     result["seconds"] = round(time.perf_counter() - started, 3)
     return result
 

@@ -25,8 +25,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+import transformers
+
+from signbit.device import choose_device
 from signbit.errors import SignbitError
 from signbit.report.quantization import FILE as REPORT_FILE
+from signbit.version import __version__
 
 # Weights, configuration, tokenizer, chat template and code: what decides on a model's answers.
 _MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
@@ -47,6 +52,25 @@ def content_hash(path: Path) -> str:
             with file.open("rb") as stream:
                 digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()};".encode())
     return digest.hexdigest()
+
+
+def open_store(
+    model: Path, *, device: str, activations: str, cache: str | Path | None, fresh: bool, **also: str
+) -> Store:
+    """What is kept of a model that is run in this way, by this installation; ``also``: what else answers depend on.
+
+    cache: a directory in place of the default.
+    """
+    identity = {
+        "model": content_hash(model),
+        "device": choose_device(device).type,
+        "activations": activations,
+        "signbit": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        **also,
+    }
+    return Store(default_cache() if cache is None else Path(cache).expanduser(), identity, fresh=fresh)
 
 
 def hash_of(value: Any) -> str:

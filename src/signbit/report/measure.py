@@ -17,21 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from signbit import accounting, inference
 from signbit.calibration.text import SELF, read_text, text_fingerprint
-from signbit.device import choose_device
 from signbit.errors import SignbitError
 from signbit.evaluation import evaluate
-from signbit.evaluation.store import Store, content_hash, default_cache, hash_of
+from signbit.evaluation.store import Store, content_hash, hash_of, open_store
 from signbit.modules import set_activations
 from signbit.progress import Progress
 from signbit.report.making import Making, making_of
 from signbit.safetensors_file import files_of
 from signbit.source import load_tokenizer, resolve
-from signbit.version import __version__
 
 PROMPTS = ("The capital of France is", "Once upon a time", "To make a good cup of tea,")
 _DECODED_TOKENS = 32
@@ -195,16 +190,14 @@ def measure(facts: ModelFacts, original: ModelFacts | None, measures: Measures, 
 
 
 def _store(facts: ModelFacts, measures: Measures) -> Store:
-    identity = {
-        "comparison": content_hash(resolve(facts.model)),
-        "device": choose_device(measures.device).type,
-        "activations": measures.activations,
-        "signbit": __version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-    }
-    place = default_cache() if measures.cache is None else Path(measures.cache).expanduser()
-    return Store(place, identity, fresh=measures.fresh)
+    return open_store(
+        resolve(facts.model),
+        device=measures.device,
+        activations=measures.activations,
+        cache=measures.cache,
+        fresh=measures.fresh,
+        kept_for="comparison",
+    )
 
 
 def _score(

@@ -106,23 +106,27 @@ class LatentSignPlanes(LatentLinear):
 
     def _starting(self, weight: Tensor, options: TrainingOptions) -> Tensor:
         spec = self.start.spec
-        latents = unpack_signs(self.start.signs, spec.shape[1])
-        every = torch.ones_like(weight)
-        if options.latent == "margins" and not self.optimal:
+        signs = unpack_signs(self.start.signs, spec.shape[1])
+        sizes = self._sizes(weight, signs, options)
+        if self.optimal:
+            sizes[0] = with_means(sizes[0], self.start.scales[0], spec.group_size, self._counts())
+            # A mean magnitude is never negative: the sign of such a scale goes to its weights.
+            signs *= sgn(spread(self.start.scales, spec.group_size, spec.shape[1]))
+        return signs * sizes
+
+    def _sizes(self, weight: Tensor, signs: Tensor, options: TrainingOptions) -> Tensor:
+        """Magnitudes [P, n, m]."""
+        spec, every = self.start.spec, torch.ones_like(weight)
+        if options.latent == "margins":
             coefficients = spread(self.start.scales, spec.group_size, spec.shape[1])
             if spec.column_scales:
                 coefficients = coefficients * self.start.get_buffer("column_scales").float()
-            sizes = margins(weight, self.start.dequantize(), latents, coefficients)
-            return latents * torch.stack([relative_sizes(plane, every, options) for plane in sizes])
-        sizes = magnitudes(weight, every, options)
-        if self.optimal:
-            sizes = with_means(sizes, self.start.scales[0], spec.group_size, self._counts())
-            # A mean magnitude is never negative: the sign of such a scale goes to its weights.
-            latents *= sgn(spread(self.start.scales, spec.group_size, spec.shape[1]))
-        latents[0] *= sizes
+            found = margins(weight, self.start.dequantize(), signs, coefficients)
+            return torch.stack([relative_sizes(plane, every, options) for plane in found])
         # What the original weight says is about the first plane; the others are corrections of it.
-        latents[1:] *= options.latent_scale
-        return latents
+        sizes = torch.full_like(signs, options.latent_scale)
+        sizes[0] = magnitudes(weight, every, options)
+        return sizes
 
     def operands(self) -> Operands:
         mean = None if self.mean is None else self.mean()
