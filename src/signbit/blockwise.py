@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from signbit.architectures import (
     Linear,
@@ -32,6 +32,8 @@ from signbit.architectures import (
     replace_module,
     unquantized_parameters,
 )
+from signbit.budget.sensitivity import sensitivities
+from signbit.budget.shares import share_out
 from signbit.calibration.capture import BlockInputs, HessianCapture
 from signbit.calibration.hessian import Factor, centered, factorize, quadratic
 from signbit.calibration.self_text import write_tokens
@@ -103,7 +105,7 @@ class BlockwiseRun:
         # The original model's hidden states, and what its linears were, for as long as tuning needs them.
         self.original_states: list[Tensor] = []
         self.originals: dict[str, _Original] = {}
-        self.options: list[MethodOptions] = []
+        self.options: dict[str, MethodOptions] = {}
         linears = {f"{self.prefix}.{i}.{name}" for i, block in enumerate(self.blocks) for name in linears_of(block)}
         self.example = min(linears)
         self.skipped = self._skipped(linears)
@@ -132,7 +134,7 @@ class BlockwiseRun:
         with phase("loading"):
             self._store_outer()
         inputs = self._calibration_inputs()
-        self.options = self._options_of_blocks(inputs)
+        self.options = self._options_of_linears(inputs)
         if inputs is not None and self.recipe.common.tune is not None:
             self.original_states = list(inputs.hidden)
         done = 0
@@ -272,31 +274,69 @@ class BlockwiseRun:
         if self.windows is not None:
             return self.windows
         self.progress.note(f"{self.source.name} writes its own calibration text: this loads the whole model once")
-        writer = AutoModelForCausalLM.from_config(self.source.config, dtype=self.compute)
-        state = {name: self.source.weights[name] for name in writer.state_dict() if name in self.source.weights}
-        missing = set(writer.load_state_dict(state, strict=False).missing_keys) - writer.all_tied_weights_keys.keys()
-        if missing:
-            raise SignbitError(f"{self.source.name} cannot write: its weights lack {min(missing)}; use a text file")
-        writer.tie_weights()
-        return write_tokens(writer.to(self.device).eval(), common.samples, common.seqlen, common.seed, self.progress)
+        writer = self._original_model().to(self.device)
+        return write_tokens(writer, common.samples, common.seqlen, common.seed, self.progress)
 
-    def _options_of_blocks(self, inputs: BlockInputs | None) -> list[MethodOptions]:
-        """What the method makes of its options for each block, once a run."""
+    def _original_model(self) -> PreTrainedModel:
+        """All of the original model, to be run as a whole."""
+        model = AutoModelForCausalLM.from_config(self.source.config, dtype=self.compute)
+        state = {name: self.source.weights[name] for name in model.state_dict() if name in self.source.weights}
+        missing = set(model.load_state_dict(state, strict=False).missing_keys) - model.all_tied_weights_keys.keys()
+        if missing:
+            raise SignbitError(
+                f"{self.source.name} cannot be run as a whole: its weights lack {min(missing)}; calibrate on a text "
+                "file, and without budget"
+            )
+        model.tie_weights()
+        return model.eval()
+
+    def _options_of_linears(self, inputs: BlockInputs | None) -> dict[str, MethodOptions]:
+        """Each linear's options, settled once a run: by the recipe's budget, or by what the method makes of them."""
         kept = self.journal.read_options()
         if kept is not None:
             try:
-                options = [type(self.recipe.options)(**fields) for fields in kept]
-            except (TypeError, ValueError) as error:
+                options = {name: type(self.recipe.options)(**fields) for name, fields in kept.items()}
+            except (AttributeError, TypeError, ValueError) as error:
                 raise self.journal.damaged_options() from error
-            if len(options) != len(self.blocks):
+            if options.keys() != set(self._names()):
                 raise self.journal.damaged_options()
             return options
         with phase("allocation"):
-            allocated = self.recipe.method.allocate(self._survey(inputs), self.recipe.options)
+            allocated = self._within_budget(inputs) if self.recipe.common.budget else self._by_method(inputs)
         if allocated is None:
-            return [self.recipe.options] * len(self.blocks)
-        self.journal.write_options([block.model_dump(mode="json") for block in allocated])
+            return dict.fromkeys(self._names(), self.recipe.options)
+        self.journal.write_options({name: one.model_dump(mode="json") for name, one in allocated.items()})
         return allocated
+
+    def _names(self) -> list[str]:
+        """The full names of all linears that are to be quantized, block by block."""
+        return [f"{self.prefix}.{i}.{name}" for i in range(len(self.blocks)) for name in self._linears(i)]
+
+    def _by_method(self, inputs: BlockInputs | None) -> dict[str, MethodOptions] | None:
+        allocated = self.recipe.method.allocate(self._survey(inputs), self.recipe.options)
+        if allocated is None:
+            return None
+        return {f"{self.prefix}.{i}.{name}": one for i, one in enumerate(allocated) for name in self._linears(i)}
+
+    def _within_budget(self, inputs: BlockInputs | None) -> dict[str, MethodOptions]:
+        budget, common = self.recipe.common.budget, self.recipe.common
+        assert budget is not None and inputs is not None  # the recipe says so
+        tokens = self.journal.read("tokens")["tokens"][: budget.samples].long()
+        original = self._original_model().to(self.device)
+        linears = {name: original.get_submodule(name) for name in self._names()}
+        self.progress.note("measuring how sensitive predictions are to each linear: this loads the whole model once")
+        sensitive = sensitivities(original, linears, tokens, common.seed)
+        del original, linears
+        return_free_memory()
+
+        def surveyed() -> Iterator[tuple[str, LinearSurvey]]:
+            with self.progress.task("trying values in blocks", len(self.blocks)) as task:
+                for index, block in enumerate(self._survey(inputs)(inputs=True)):
+                    for name, linear in block.items():
+                        yield f"{self.prefix}.{index}.{name}", linear
+                    task.advance()
+
+        return share_out(surveyed(), sensitive, self.recipe.method, self.recipe.options, budget, common.damping)
 
     def _survey(self, calibration: BlockInputs | None) -> Survey:
         def survey(*, inputs: bool) -> Iterator[dict[str, LinearSurvey]]:
@@ -313,7 +353,7 @@ class BlockwiseRun:
                 yield {
                     name: LinearSurvey(
                         weight=dense_weight(linear, linear.weight).float(),
-                        power=None if original is None else self._power(capture, name, linear),
+                        hessian=None if original is None else self._hessian(capture, name, linear),
                     )
                     for name, linear in linears.items()
                 }
@@ -324,11 +364,11 @@ class BlockwiseRun:
 
         return survey
 
-    def _power(self, capture: HessianCapture, name: str, linear: Linear) -> Tensor:
+    def _hessian(self, capture: HessianCapture, name: str, linear: Linear) -> Tensor:
         accumulator = capture.hessians.get(capture.leader.get(name, name))
         if accumulator is None:
-            return torch.ones(dense_shape(linear)[1], device=self.device)
-        return accumulator.hessian().diagonal()
+            return torch.eye(dense_shape(linear)[1], device=self.device)
+        return accumulator.hessian()
 
     # Blocks --------------------------------------------------------------------------------------------------------
 
@@ -395,7 +435,8 @@ class BlockwiseRun:
             results = []
             for name in names:
                 linear = linears[name]
-                results.append(self._quantize_linear(f"{prefix}.{name}", linear, calibration, self.options[index]))
+                full = f"{prefix}.{name}"
+                results.append(self._quantize_linear(full, linear, calibration, self.options[full]))
                 set_parameter(linear, "weight", torch.empty_like(linear.weight, device="meta"))  # free it now
             return results
 

@@ -4,7 +4,7 @@ A run writes to ``OUT.partial`` and nothing else until it is done:
 
     OUT.partial/journal.json            what is being done: recipe, source, versions
     OUT.partial/tokens.safetensors      the calibration batches
-    OUT.partial/options.json            each block's options, if the method makes them differ
+    OUT.partial/options.json            each linear's options, if they differ
     OUT.partial/outer-*.safetensors     what is outside the blocks, as it will be stored
     OUT.partial/block-00007.safetensors a finished block: packed and kept tensors; its layers' reports as metadata
     OUT.partial/checkpoint/             the checkpoint being put together; renamed to OUT as the last step
@@ -142,16 +142,16 @@ class Journal:
         # Through bytes, not a mapping of the file: memory then holds one block, not all that were ever read.
         return safetensors.torch.load(self._file(name).read_bytes())
 
-    def write_options(self, options: list[dict[str, Any]]) -> None:
-        """The options of each block, as plain JSON types."""
+    def write_options(self, options: dict[str, dict[str, Any]]) -> None:
+        """The options of each linear, as plain JSON types."""
         write_text(self._options, json.dumps(options, indent=1))
 
-    def read_options(self) -> list[dict[str, Any]] | None:
+    def read_options(self) -> dict[str, dict[str, Any]] | None:
         """What :meth:`write_options` wrote; None before that."""
         if not self._options.is_file():
             return None
         try:
-            options: list[dict[str, Any]] = json.loads(self._options.read_text(encoding="utf-8"))
+            options: dict[str, dict[str, Any]] = json.loads(self._options.read_text(encoding="utf-8"))
         except ValueError as error:
             raise self.damaged_options() from error
         return options

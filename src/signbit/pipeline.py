@@ -51,6 +51,20 @@ def quantize(
     if recipe.training is not None:
         raise SignbitError("the recipe has training keys, such as steps: use signbit train, or take them out")
     recipe = recipe.for_model(model)
+    distilling = recipe.distilling()
+    if distilling is not None:
+        from signbit.training.run import train  # which quantizes first, by this function
+
+        return train(
+            model,
+            out,
+            distilling,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        ).report
     journal = Journal(out)
     source_path = resolve(model).resolve()
     if any(source_path.is_relative_to(path) for path in (out, journal.directory)):

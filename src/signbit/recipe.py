@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from signbit.budget.options import BudgetOptions
 from signbit.errors import SignbitError
 from signbit.methods import METHODS, Method, MethodOptions
 from signbit.training.options import TrainingOptions
@@ -54,6 +55,9 @@ class CommonOptions(BaseModel):
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="storage of what is not quantized; auto: as in the original"
     )
+    budget: BudgetOptions | None = Field(
+        None, description="one total of bits, shared out over the linears by what each makes of it; keys: see budgets"
+    )
     tune: TuneOptions | None = Field(
         None, description="tune each block to give the original block's output; keys: see tuning"
     )
@@ -85,7 +89,11 @@ class Recipe:
         self.training: TrainingOptions | None = _validate(TrainingOptions, training) if training else None
         if self.method.calibrated and self.common.samples == 0:
             raise SignbitError(f"method {name} needs calibration: samples must be at least 1")
-        for key in ("bias_correction", "tune"):
+        if self.training is not None and self.common.tune is not None and self.common.tune.distill:
+            raise SignbitError(
+                "tune.distill is a training of its own: take it out, or the training keys, such as steps"
+            )
+        for key in ("bias_correction", "budget", "tune"):
             if getattr(self.common, key) and self.common.samples == 0:
                 raise SignbitError(f"{key} needs calibration: samples must be at least 1")
 
@@ -111,6 +119,15 @@ class Recipe:
         """What ``quantize`` is to make of it: where the training starts."""
         fields = {**self.options.model_dump(mode="json"), **self.common.model_dump(mode="json")}
         return Recipe({"method": self.method.name, **fields})
+
+    def distilling(self) -> Recipe | None:
+        """What ``train`` is to make of ``tune.distill``; None if there is nothing to distill."""
+        tune = self.common.tune
+        if tune is None or not tune.distill:
+            return None
+        fields = self.to_dict()
+        fields["tune"] = {**fields["tune"], "distill": 0}
+        return Recipe({**fields, **tune.distillation()})
 
 
 def presets() -> list[str]:

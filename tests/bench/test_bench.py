@@ -10,7 +10,7 @@ import torch
 
 import signbit
 from signbit import SignbitError
-from signbit.bench import MAKERS, bench_decode, bench_kernels, tables
+from signbit.bench import MAKERS, bench_decode, bench_gpu, bench_kernels, tables
 from signbit.bench.memory import memory
 from signbit.bench.timing import Contestant, take_turns, times_faster
 from signbit.cli import main
@@ -54,6 +54,23 @@ def test_bench_kernels_refuses_what_it_does_not_know() -> None:
         bench_kernels(names=["sing"])
     assert main(["bench", "kernels", "--shape", "4096"]) == 2
     assert main(["bench", "kernels", "--shape", "0x8"]) == 2
+
+
+def test_bench_gpu_as_far_as_a_cpu_goes() -> None:
+    options = {"device": "cpu", "shapes": [(48, 64)], "batches": [1, 9], "turns": 2, "footprint": 1 << 16}
+    result = bench_gpu(names=["sign", "pb-llm"], **options)  # type: ignore[arg-type]
+    rows = result["products"]
+    assert [(row["matrix"], row["batch"]) for row in rows] == [(n, b) for n in ("sign", "pb-llm") for b in (1, 9)]
+    assert all(row["error"] < 0.01 and row["share_of_copy"] > 0 for row in rows)
+    assert len(tables.gpu_table(result).rows) == len(rows)
+    json.dumps(result, allow_nan=False)
+
+
+def test_bench_kernels_on_a_gpu_that_is_not_there() -> None:
+    if not torch.cuda.is_available():
+        assert main(["bench", "kernels", "--device", "cuda"]) == 2
+    assert main(["bench", "kernels", "--tune"]) == 2
+    assert main(["bench", "kernels", "--device", "cuda", "--switch-over"]) == 2
 
 
 def test_bench_decode(

@@ -16,7 +16,7 @@ from signbit.report.quantization import QuantizationReport
 from signbit.tuning.block import relative_error
 
 MakeDir = Callable[..., Path]
-TUNE = {"samples": 8, "seqlen": 48, "tune": {"epochs": 8, "batch": 2, "lr": 1e-3}}
+TUNE: dict[str, Any] = {"samples": 8, "seqlen": 48, "tune": {"epochs": 8, "batch": 2, "lr": 1e-3}}
 METHODS: dict[str, dict[str, Any]] = {
     "xnor": {"method": "xnor", "planes": 2},
     "billm": {"method": "billm", "group_size": 32},
@@ -25,11 +25,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "stbllm": {"method": "stbllm", "group_size": 32},
     "pb-llm": {"method": "pb-llm", "group_size": 32},
     "gptq": {"method": "gptq", "bits": 2, "group_size": 32},
+    # One sign is in a whole row or column of W: a factor's latent weights bear smaller steps.
+    "sign-factors": {"method": "sign-factors", "bits": 4, "iterations": 20, "tune": {**TUNE["tune"], "lr": 2e-4}},
 }
 
 
 def recipe(text_file: Path, method: str = "xnor", **fields: Any) -> Recipe:
-    return Recipe({**METHODS[method], **TUNE, "calib": str(text_file), **fields})
+    return Recipe({**TUNE, **METHODS[method], "calib": str(text_file), **fields})
 
 
 def report(out: Path) -> QuantizationReport:

@@ -32,6 +32,26 @@ def kernel_tables(result: dict[str, Any]) -> list[Table]:
     return [table, *([_switch_table(result["switch_over"])] if result["switch_over"] else [])]
 
 
+def gpu_table(result: dict[str, Any]) -> Table:
+    title = f"{result['device']}, copies {result['copy_gigabytes_per_second']:,.0f} GB/s (reads and writes)"
+    names = "matrix", "shape", "batch", "bits", "us", "GB/s", "of copy", "TFLOPS", "x bf16", "error"
+    table = _table(title, *names)
+    for row in result["products"]:
+        table.add_row(
+            row["matrix"],
+            "x".join(map(str, row["shape"])),
+            str(row["batch"]),
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['microseconds']:,.1f}",
+            f"{row['gigabytes_per_second']:,.1f}",
+            f"{row['share_of_copy']:.0%}",
+            f"{row['teraflops']:.1f}",
+            f"{row['times_faster_than_bf16']:.2f}",
+            f"{row['error']:.1e}",
+        )
+    return table
+
+
 def _switch_table(crossings: list[dict[str, Any]]) -> Table:
     batches = [str(one["batch"]) for one in crossings[0]["batches"]]
     title = "how many times faster packed products are than unpacking tiles for dense ones, by batch"

@@ -10,6 +10,7 @@ import click
 from signbit import accounting, console
 from signbit.cli import options as shared
 from signbit.errors import SignbitError
+from signbit.frontier import recipe_for
 from signbit.pipeline import quantize
 from signbit.recipe import Recipe, parse_overrides, presets
 from signbit.report.quantization import QuantizationReport
@@ -40,9 +41,15 @@ def _run_options(command: Any) -> Any:
 
 @click.command("quantize")
 @_run_options
-def quantize_command(model: str, out: Path, recipe: str | None, overrides: tuple[str, ...], **options: Any) -> None:
+@click.option("--bits", type=float, metavar="B", help="Instead of --recipe: the best known one for B bits a weight.")
+def quantize_command(
+    model: str, out: Path, recipe: str | None, overrides: tuple[str, ...], bits: float | None, **options: Any
+) -> None:
     """Quantize MODEL and write a checkpoint. The default recipe is billm."""
-    chosen = Recipe.load(recipe or "billm", {**parse_overrides(overrides), **_shortcuts(options)})
+    given = {**parse_overrides(overrides), **_shortcuts(options)}
+    if bits is not None and recipe is not None:
+        raise SignbitError("--bits chooses the recipe: leave out --recipe, or give it its bits by --set bits=B")
+    chosen = Recipe.load(recipe or "billm", given) if bits is None else recipe_for(bits, given)
     report = quantize(model, out, chosen, progress=console.ConsoleProgress(), **options)
     _print_report(report, out)
 

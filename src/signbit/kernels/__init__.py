@@ -2,6 +2,7 @@
 
 reference.py   torch: any layout, device and dtype
 cpu/           C++, for CPUs
+triton/        Triton, for CUDA; imported by the first product there
 dispatch.py    which of them
 operator.py    the same as an operator of torch, for compiled and exported models, and for gradients
 """

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import warnings
+from functools import cache
+from typing import Any
+
 from torch import Tensor
 
 from signbit.kernels import cpu, reference
@@ -16,11 +22,30 @@ def matmul(x: Tensor, layout: Layout, int8: bool) -> Tensor:
     """``x @ W.T`` for x ``[..., in]``, in x's dtype.
 
     With activations in 8 bits a kernel is taken however many tokens there are: results do not depend on how many come
-    together, but for the rounding of sums.
+    together, but for the rounding of sums. The kernels for GPUs take activations as they are, and are asked only with
+    SIGNBIT_TRITON=1: they are tested in Triton's interpreter, and have not run on a GPU yet.
     """
+    if x.is_cuda:
+        kernels = triton_kernels() if os.environ.get("SIGNBIT_TRITON") == "1" else None
+        y = None if kernels is None else kernels.matmul(x, layout)
+        return reference.matmul(x, layout) if y is None else y
     most = _SWITCH_OVER.get(type(layout))
     if most is None or int8 or x.shape[:-1].numel() < most:
         y = cpu.matmul(x, layout, int8)
         if y is not None:
             return y
     return reference.matmul(x, layout)
+
+
+@cache
+def triton_kernels() -> Any:
+    """The module of kernels for GPUs; None without Triton, and the first to ask is told."""
+    try:
+        return importlib.import_module("signbit.kernels.triton")
+    except ImportError:
+        warnings.warn(
+            "Triton is not installed: on this GPU packed weights are unpacked for every product, many times slower. "
+            "Install it: pip install 'signbit[gpu]'",
+            stacklevel=2,
+        )
+        return None

@@ -66,8 +66,9 @@ def _norm(linears: Iterable[LinearSurvey]) -> float:
 def _outliers(linears: Iterable[LinearSurvey]) -> float:
     scores = []
     for linear in linears:
-        assert linear.power is not None
-        scores.append(ria(linear.weight, linear.power)(linear.weight, slice(None)))
+        power = linear.power
+        assert power is not None
+        scores.append(ria(linear.weight, power)(linear.weight, slice(None)))
     count = sum(score.numel() for score in scores)
     if not count:
         return 0.0

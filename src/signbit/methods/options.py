@@ -55,15 +55,20 @@ class SweepOptions(MethodOptions):
 
 @dataclass(frozen=True)
 class LinearSurvey:
-    """One linear of the original model: weight float32 [out, in]; power: 2 / N sum x_j^2 [in] over the N calibration
-    tokens that reach it in the original model, 1 if none does; None if inputs were not asked for."""
+    """One linear of the original model: weight float32 [out, in]; hessian: H [in, in] of the calibration tokens that
+    reach it in the original model, the identity if none does; None if inputs were not asked for."""
 
     weight: Tensor
-    power: Tensor | None
+    hessian: Tensor | None
+
+    @property
+    def power(self) -> Tensor | None:
+        """2 / N sum x_j^2 [in] over the N tokens."""
+        return None if self.hessian is None else self.hessian.diagonal()
 
 
 class Survey(Protocol):
-    """A look at all that is to be quantized, one block in memory at a time; ``inputs`` costs a forward pass."""
+    """A look at all that is to be quantized, one block in memory at a time; ``inputs`` cost a forward pass."""
 
     def __call__(self, *, inputs: bool) -> Iterator[dict[str, LinearSurvey]]: ...
 

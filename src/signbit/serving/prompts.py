@@ -46,6 +46,8 @@ class Prompts:
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Of a conversation, to be continued by the assistant. SignbitError if the template refuses it."""
+        if len(messages) > self.context:  # each is a token at least
+            raise PromptTooLongError(f"{len(messages)} messages are too many for a context of {self.context} tokens")
         self._check_characters(sum(len(message["content"]) for message in messages))
         if not self.has_template:
             return self.tokens(self._tokenize(plain_chat(messages), special=True))

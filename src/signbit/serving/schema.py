@@ -3,6 +3,9 @@
 Types are strict ("1" is no number) and ranges are OpenAI's. A parameter that would change the answer and is not known
 here is refused, not passed over; those that change nothing (``user``, ``metadata``, ...) are accepted; ``null`` is the
 same as nothing.
+
+A body of some megabytes may hold a million wrong values, and pydantic makes an error of each, for each member of a
+union: minutes and gigabytes. So lists fail at their first wrong item, and objects are counted before all else.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from signbit.serving.sampling import Sampling
 
 MOST_TOP_LOGPROBS = 20
 _MOST_STOPS, _LONGEST_STOP = 16, 1000
+_MOST_KEYS, _MOST_BIASES, _MOST_PROMPTS = 100, 1024, 10_000
 # Accepted and without effect: they say who asks, or what a host that is not this one should do.
 _IDLE = {
     "metadata",
@@ -38,13 +42,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+Item = TypeVar("Item")
+List = Annotated[list[Item], Field(fail_fast=True)]
+FewList = Annotated[list[Item], Field(fail_fast=True, max_length=_MOST_PROMPTS)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        if len(data) > _MOST_KEYS:
+            raise ValueError(f"{len(data)} parameters are too many: give at most {_MOST_KEYS}")
+        return {key: value for key, value in data.items() if value is not None}
 
 
 class StreamOptions(_Strict):
@@ -63,7 +76,7 @@ class _Request(_Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
-    stop: str | list[str] = []
+    stop: str | List[str] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
@@ -88,11 +101,11 @@ class _Request(_Strict):
             raise ValueError(f"give at most {_MOST_STOPS} stop strings of 1 to {_LONGEST_STOP} characters")
         return stops
 
-    @field_validator("logit_bias")
+    @field_validator("logit_bias", mode="before")
     @classmethod
-    def _check_bias(cls, bias: dict[str, float]) -> dict[str, float]:
-        if len(bias) > 1024 or not all(key.isascii() and key.isdigit() and len(key) < 10 for key in bias):
-            raise ValueError("give token ids, at most 1024, and what to add to their logits")
+    def _check_bias(cls, bias: Any) -> Any:
+        if isinstance(bias, dict) and not (len(bias) <= _MOST_BIASES and all(map(_is_id, bias))):
+            raise ValueError(f"give token ids, at most {_MOST_BIASES}, and what to add to their logits")
         return bias
 
     def sampling(self, vocabulary: int) -> Sampling:
@@ -112,7 +125,7 @@ class _Request(_Strict):
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | FewList[str] | List[int] | FewList[List[int]]
     max_tokens: Annotated[int, Field(ge=0)] = 16
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
@@ -136,7 +149,7 @@ class Part(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | List[Part]
     name: str | None = None
 
     @property
@@ -147,7 +160,7 @@ class Message(_Strict):
 class ChatRequest(_Request):
     """POST /v1/chat/completions. Without a limit the answer may fill the context."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[List[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
@@ -165,6 +178,10 @@ class ChatRequest(_Request):
         return min(given, default=None)
 
 
+def _is_id(key: str) -> bool:
+    return key.isascii() and key.isdigit() and len(key) < 10
+
+
 AnyRequest = TypeVar("AnyRequest", bound=_Request)
 
 
@@ -177,7 +194,8 @@ def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
 
 
 def _explained(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     # Only names from the schema: what else is in there, a union's types among it, is pydantic's.
@@ -188,7 +206,7 @@ def _explained(error: ValidationError) -> ApiError:
         message = "is not a parameter that this server knows: leave it out"
     elif first["type"] == "missing":
         message = "is missing"
-    elif len({one["loc"][:1] for one in error.errors()}) == 1 and param == "prompt":
+    elif len({one["loc"][:1] for one in errors}) == 1 and param == "prompt":
         message = "must be a string, a list of strings, a list of token ids or a list of such lists"
     path = ".".join(str(part)[:80] for part in where)
     return ApiError(400, f"{path}: {message}" if path else message, param)

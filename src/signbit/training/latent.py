@@ -37,4 +37,8 @@ def latent_of(packed: Layout, weight: Tensor, bias: Tensor | None, options: Trai
     weight: the original one, float32 [out, in]; bias: the module's own. SignbitError for options that the layout
     cannot have.
     """
-    return _FORMS[packed.kind](packed, weight, bias, options)
+    latent = _FORMS[packed.kind](packed, weight, bias, options)
+    if not options.signs:
+        for parameter in latent.latents():
+            parameter.requires_grad_(False)
+    return latent

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Nothing sensible is beyond, and float32 sums of what is below do not overflow at once.
 _LARGEST = 1e6
@@ -34,6 +34,7 @@ class TrainingOptions(BaseModel):
     )
 
     # What is learned
+    signs: bool = Field(True, description="turn signs, through latent weights; false: scales and means only")
     latent: Literal["constant", "weights", "margins"] = Field(
         "constant",
         description="magnitudes of the latent weights at the start: all alike, as the original weights', or as what "
@@ -77,3 +78,9 @@ class TrainingOptions(BaseModel):
     )
     snapshot_every: int = Field(100, ge=1, description="steps between snapshots that --resume goes on from")
     evaluate_every: int = Field(100, ge=1, description="steps between held-out perplexities")
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        if not self.signs and self.scales != "learned":
+            raise ValueError(f"signs: false leaves scales to be trained, but scales are {self.scales}: set learned")
+        return self

@@ -97,12 +97,9 @@ class BlockTuner:
             replace_module(self.block, name, linear)
 
     def _latent(self, linear: QuantizedLinear, weight: Tensor) -> LatentLinear:
-        options = TrainingOptions(latent="margins", straight_through=self.options.straight_through)
-        latent = latent_of(linear.packed, weight, linear.bias, options)
-        if not self.options.signs:
-            for parameter in latent.latents():
-                parameter.requires_grad_(False)
-        return latent
+        own = self.options
+        options = TrainingOptions(latent="margins", signs=own.signs, straight_through=own.straight_through)
+        return latent_of(linear.packed, weight, linear.bias, options)
 
     def _norms(self) -> dict[str, nn.Parameter]:
         """Vectors of the block that are no linear's bias."""
@@ -117,7 +114,6 @@ class BlockTuner:
         options = self.options
         signs = [p for latent in latents.values() for p in latent.latents()]
         scales = [p for latent in latents.values() for p in latent.scales() if p.requires_grad]
-        signs = [p for p in signs if p.requires_grad]
         others = scales + [norm.requires_grad_() for norm in norms]
         groups = [{"params": signs, "peak": options.lr}, {"params": others, "peak": options.scale_lr}]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=options.lr, fused=True)

@@ -1,6 +1,13 @@
-"""The recipe's key ``tune``: how each block is tuned after its linears are quantized."""
+"""The recipe's key ``tune``: how each block is tuned after its linears are quantized, and the model after its blocks.
+
+``distill`` is a short name for a training (training/options.py) whose start is what quantizing by the rest of the
+recipe makes: its scales are trained to give the original model's next-token distributions and states, its signs stay.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,3 +28,19 @@ class TuneOptions(BaseModel):
     scale_lr: Positive = Field(1e-3, description="of scales and means, relative to their size, and of norms")
     straight_through: Estimator = Field("identity", description="the gradient of a latent weight's sign")
     max_grad_norm: NotNegative = Field(0.0, description="the norm that gradients are clipped to; 0: not at all")
+
+    distill: int = Field(0, ge=0, description="optimizer steps of distilling the scales of the whole model at the end")
+    distill_batch: int = Field(4, ge=1, description="sequences of seqlen tokens in such a step")
+    distill_lr: Positive = Field(1e-3, description="peak learning rate of these steps, relative to the scales' size")
+
+    def distillation(self) -> dict[str, Any]:
+        """``distill`` as training keys."""
+        return {
+            "steps": self.distill,
+            "batch": self.distill_batch,
+            "micro_batch": math.gcd(self.distill_batch, 4),
+            "signs": False,
+            "lr": self.distill_lr,
+            "warmup": min(10, self.distill - 1),
+            "heldout": 4,
+        }

@@ -1,0 +1,98 @@
+"""The best recipes by budget of stored bits, measured: the table of docs/frontier.md and what ``--bits`` chooses from.
+
+    python benchmarks/frontier.py demo --calib train.txt --text test.txt [--text c4.jsonl] --out DIR [--budget 1.0 ...]
+
+Each budget's recipe quantizes MODEL into DIR, or goes on where an earlier run of this command stopped; what is
+finished is evaluated on the first 20 windows of 2048 tokens of each text. Results are kept in DIR/frontier.json, which
+holds what signbit/recipes/frontier.json is to hold, and printed as a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+import signbit
+from signbit.console import ConsoleProgress
+from signbit.safetensors_file import write_text
+
+# budget: (preset, changed keys). Recipes of presets for less time were measured where nothing else was yet.
+RECIPES: dict[float, tuple[str, dict[str, Any]]] = {
+    0.55: ("frontier-fast", {"bits": 0.55, "samples": 40}),
+    0.8: ("frontier", {"bits": 0.8}),
+    1.0: ("frontier", {"bits": 1.0}),
+    1.5: ("frontier", {"bits": 1.5}),
+    2.0: ("frontier", {"bits": 2.0}),
+    2.32: ("arb-llm-plus", {"tune": {"epochs": 4}}),
+}
+
+
+def measure(budget: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    preset, changes = RECIPES[budget]
+    shared = {"calib": arguments.calib, "samples": arguments.samples, "seqlen": arguments.seqlen}
+    out, started = arguments.out / f"{budget:g}", time.perf_counter()
+    recipe = signbit.Recipe.load(preset, {**shared, **changes})
+    signbit.quantize(arguments.model, out, recipe, resume=True, progress=ConsoleProgress())
+    minutes = (time.perf_counter() - started) / 60
+    return {
+        "budget": budget,
+        "recipe": preset,
+        "changes": changes,
+        "stored": round(signbit.inspect(out)["bits_per_weight"], 4),
+        "perplexity": perplexities(out, arguments),
+        "original": perplexities(arguments.model, arguments),
+        "minutes": round(minutes, 1),
+        "machine": platform.processor() or platform.machine(),
+    }
+
+
+def perplexities(model: str | Path, arguments: argparse.Namespace) -> dict[str, float]:
+    scored = signbit.evaluate(model, perplexity=arguments.text, windows=20, progress=ConsoleProgress())
+    return {Path(text).name: round(value, 2) for text, value in scored["perplexity"].items()}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    texts = list(rows[0]["original"])
+    lines = [
+        ["budget", "recipe", "stored bits", *texts, "minutes"],
+        ["---"] * (4 + len(texts)),
+        ["original", "", "16", *(f"{rows[0]['original'][text]:,}" for text in texts), ""],
+    ]
+    for row in sorted(rows, key=lambda row: row["budget"]):
+        found = [f"{row['perplexity'][text]:,}" for text in texts]
+        lines.append([f"{row['budget']:g}", row["recipe"], f"{row['stored']:.3f}", *found, f"{row['minutes']:g}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calib", required=True, help="calibration text")
+    parser.add_argument("--text", required=True, action="append", help="evaluation text; may be given more than once")
+    parser.add_argument("--out", required=True, type=Path, help="where checkpoints and results are kept")
+    parser.add_argument("--budget", type=float, nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
+    parser.add_argument("--seqlen", type=int, default=512, help="tokens in each")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    kept = arguments.out / "frontier.json"
+    rows: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+    for budget in arguments.budget:
+        if budget not in {row["budget"] for row in rows}:
+            rows.append(measure(budget, arguments))
+            write_text(kept, json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

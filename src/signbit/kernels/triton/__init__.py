@@ -1,0 +1,113 @@
+"""The Triton kernels, for CUDA: which layouts they know, and calling them.
+
+    tiles.py      tiles of bits, coefficients and activations, shared by all
+    <layout>.py   the kernels of a layout, and what they take of its tensors
+    launch.py     grids and forms: gemv for up to 8 tokens, gemm for more
+    tuning.py     which blocks: shipped (blocks.json), measured on this machine, or tried out
+    sparse.py     matrices of at most 2 of 4 for sparse tensor cores; nothing goes there by itself
+
+A layout is prepared once, as for the CPU kernels, and again when one of its tensors has moved. No product waits for the
+device, and shapes of all that is allocated follow from shapes and specs, so products can be captured in CUDA graphs.
+
+Nothing of this is imported before the first product on a GPU: Triton is an extra (``signbit[gpu]``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from triton.runtime.errors import OutOfResources
+
+from signbit.kernels.triton import haar_planes, integers, partial, sign_planes, split_planes, structured
+from signbit.kernels.triton.launch import GEMV_TOKENS, Form, Product
+from signbit.kernels.triton.tuning import Blocks, architecture, blocks_for
+from signbit.layouts import HaarPlanes, Integers, Layout, Partial, SignPlanes, SplitPlanes, Structured
+from signbit.layouts.positions import STRIP_ROWS
+
+__all__ = ["DENSE_WEIGHTS", "OutOfResources", "has_kernel", "matmul"]
+
+# Weights of a layout without a gemm of its own that are unpacked at a time: 128 MiB in 16 bits.
+DENSE_WEIGHTS = 1 << 26
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_PREPARE: dict[type[Layout], Callable[[Any], Product]] = {
+    HaarPlanes: haar_planes.prepare,
+    Integers: integers.prepare,
+    Partial: partial.prepare,
+    SignPlanes: sign_planes.prepare,
+    SplitPlanes: split_planes.prepare,
+    Structured: structured.prepare,
+}
+
+
+def has_kernel(layout: Layout) -> bool:
+    """Whether products with this layout run in Triton."""
+    return _chains(layout) is not None
+
+
+def matmul(x: Tensor, layout: Layout, blocks: Blocks | None = None) -> Tensor | None:
+    """``x @ W.T`` for x ``[..., in]``, in x's dtype, sums in float32; None if there is no kernel for it.
+
+    blocks: in place of those that tuning.py names.
+    """
+    if x.dtype not in _DTYPES or (chains := _chains(layout)) is None:
+        return None
+    if x.shape[-1] != layout.spec.shape[1]:
+        raise ValueError(f"inputs have {x.shape[-1]} features, the matrix has {layout.spec.shape[1]}")
+    x = x.resolve_neg().contiguous()
+    precise = x.dtype == torch.float32
+    # What goes from V to U of sign factors keeps the range of float32: that of float16 may not do.
+    between = torch.bfloat16 if x.dtype == torch.bfloat16 and x[..., 0].numel() > GEMV_TOKENS else torch.float32
+    total = None
+    for chain in chains:
+        y = x
+        for product in chain[:-1]:
+            y = _multiply(y, product, between, precise, blocks)
+        y = _multiply(y, chain[-1], x.dtype if len(chains) == 1 else torch.float32, precise, blocks)
+        total = y if total is None else total + y
+    assert total is not None
+    return total.to(x.dtype)
+
+
+def _multiply(x: Tensor, product: Product, dtype: torch.dtype, precise: bool, blocks: Blocks | None) -> Tensor:
+    *batch, m = x.shape
+    y = torch.empty(*batch, product.shape[0], dtype=dtype, device=x.device)
+    tokens = x.numel() // m
+    if tokens > GEMV_TOKENS and product.dense is not None:
+        _multiply_dense(x, y, product)
+    elif tokens:
+        blocks = blocks or blocks_for(product.name, product.shape, tokens, architecture(x.device))
+        product.run(x, y, Form.of(x, tokens, blocks, product.wide, precise))
+    return y
+
+
+def _multiply_dense(x: Tensor, y: Tensor, product: Product) -> None:
+    """Tiles of rows are unpacked, and torch multiplies."""
+    n, m = product.shape
+    rows = max(STRIP_ROWS, DENSE_WEIGHTS // m // STRIP_ROWS * STRIP_ROWS)
+    dtype = torch.float32 if product.wide and x.dtype == torch.float16 else x.dtype
+    flat, result = x.view(-1, m).to(dtype), y.view(-1, n)
+    for first in range(0, n, rows):
+        tile = torch.empty(min(rows, n - first), m, dtype=dtype, device=x.device)
+        assert product.dense is not None
+        product.dense(tile, first)
+        result[:, first : first + len(tile)] = F.linear(flat, tile)
+
+
+def _chains(layout: Layout) -> list[list[Product]] | None:
+    """Products, as Layout.chains has them; None if one has no kernel."""
+    # "triton" first: the CPU kernels keep what they prepare under the addresses alone.
+    addresses = ["triton", *(tensor.data_ptr() for tensor in layout._buffers.values())]  # type: ignore[union-attr]
+    prepared = layout.prepared
+    if prepared is None or prepared[0] != addresses:
+        chains = layout.chains()
+        known = all(type(part) in _PREPARE and 0 not in part.shape for chain in chains for part in chain)
+        found = [[_PREPARE[type(part)](part) for part in chain] for chain in chains] if known else None
+        layout.prepared = prepared = (addresses, found)
+    kept: list[list[Product]] | None = prepared[1]
+    return kept

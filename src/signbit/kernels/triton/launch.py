@@ -1,0 +1,96 @@
+"""How kernels are started: in which form, with which blocks, over which grid.
+
+Grids and constants follow from shapes and specs alone: nothing waits for the device, so that products can be captured
+in CUDA graphs. All kernels that take a tile of tokens have the same head and the same tail,
+
+    kernel(x, y, *tensors, tokens, *sizes, <constants>, BLOCK_N, BLOCK_K, BLOCK_T, DOT, PRECISION)
+
+and everything goes through :func:`start`, which is also where a test compiles instead of running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from signbit.kernels.triton.tuning import Blocks
+
+# More tokens are multiplied on tensor cores, whose tiles have room for 16.
+GEMV_TOKENS = 8
+
+_DOTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def start(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], blocks: Blocks
+) -> None:
+    kernel[grid](*arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one product is computed."""
+
+    tokens: int
+    blocks: Blocks
+    dot: Any  # Triton's dtype for tl.dot; None for gemv
+    precision: str  # of tl.dot in float32
+
+    @classmethod
+    def of(cls, x: Tensor, tokens: int, blocks: Blocks, wide: bool, precise: bool) -> Form:
+        """``wide``: weights may exceed float16. ``precise``: activations are worth more than the 10 bits of TF32."""
+        if tokens <= GEMV_TOKENS:
+            return cls(tokens, blocks, None, "ieee")
+        dot = torch.float32 if wide and x.dtype == torch.float16 else x.dtype
+        return cls(tokens, blocks, _DOTS[dot], "ieee" if precise else "tf32")
+
+    @property
+    def token_block(self) -> int:
+        return triton.next_power_of_2(self.tokens) if self.dot is None else self.blocks.tokens
+
+    def with_rows(self, rows: int) -> Form:
+        return replace(self, blocks=replace(self.blocks, rows=rows))
+
+    def launch(self, kernel: Any, tensors: Sequence[Tensor], sizes: Sequence[int], constants: dict[str, Any]) -> None:
+        """``tensors`` begin with x and y, ``sizes`` with the numbers of rows and columns."""
+        blocks = self.blocks
+        grid = (triton.cdiv(sizes[0], blocks.rows), triton.cdiv(self.tokens, self.token_block))
+        shape = {
+            "BLOCK_N": blocks.rows,
+            "BLOCK_K": blocks.columns,
+            "BLOCK_T": self.token_block,
+            "DOT": self.dot,
+            "PRECISION": self.precision,
+        }
+        start(kernel, grid, (*tensors, self.tokens, *sizes), constants | shape, blocks)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A layout, ready to be multiplied with.
+
+    name: of its row in the table of blocks; wide: whether weights may exceed float16; run(x, y, form): y = x W^T
+    for contiguous x [.., m] and y [.., n]. dense(into, first): write rows of W from ``first`` on, a multiple of 16;
+    only of layouts whose gemm is torch's.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    wide: bool
+    run: Callable[[Tensor, Tensor, Form], None]
+    dense: Callable[[Tensor, int], None] | None = None
+
+
+def words(tensor: Tensor) -> Tensor:
+    """Rows of bytes as rows of 32-bit words. What a device allocated is aligned; files may not be."""
+    if tensor.numel() == 0:
+        return tensor.new_empty(tensor.shape, dtype=torch.int32)
+    if tensor.data_ptr() % 4 or tensor.storage_offset() % 4:
+        tensor = tensor.clone()
+    return tensor.view(torch.int32)
