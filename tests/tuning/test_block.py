@@ -25,8 +25,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "stbllm": {"method": "stbllm", "group_size": 32},
     "pb-llm": {"method": "pb-llm", "group_size": 32},
     "gptq": {"method": "gptq", "bits": 2, "group_size": 32},
-    # One sign is in a whole row or column of W: a factor's latent weights bear smaller steps.
-    "sign-factors": {"method": "sign-factors", "bits": 4, "iterations": 20, "tune": {**TUNE["tune"], "lr": 2e-4}},
+    # A factor's sign is in a whole row or column of W, which in tiny matrices is too much to turn at once.
+    "sign-factors": {
+        "method": "sign-factors",
+        "bits": 4,
+        "iterations": 20,
+        "tune": {**TUNE["tune"], "signs": False, "scale_lr": 1e-2},
+    },
 }
 
 
