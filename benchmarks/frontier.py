@@ -27,10 +27,9 @@ from signbit.safetensors_file import write_text
 RECIPES: dict[float, tuple[str, dict[str, Any]]] = {
     0.55: ("frontier-fast", {"bits": 0.55, "samples": 40}),
     0.8: ("frontier", {"bits": 0.8}),
-    1.0: ("frontier", {"bits": 1.0}),
+    1.0: ("frontier", {"bits": 1.0, "tune": {"epochs": 4, "lr": 1e-4, "scale_lr": 3e-3, "distill": 64}}),
     1.5: ("frontier", {"bits": 1.5}),
-    2.0: ("frontier", {"bits": 2.0}),
-    2.32: ("arb-llm-plus", {"tune": {"epochs": 4}}),
+    2.3: ("frontier", {"bits": 2.3}),
 }
 
 
