@@ -23,21 +23,16 @@ import signbit
 from signbit.console import ConsoleProgress
 from signbit.safetensors_file import write_text
 
-# budget: (preset, changed keys). Recipes of presets for less time were measured where nothing else was yet.
+# budget: (preset, changed keys)
 RECIPES: dict[float, tuple[str, dict[str, Any]]] = {
-    0.55: ("frontier-fast", {"bits": 0.55, "samples": 40}),
-    0.8: ("frontier", {"bits": 0.8}),
-    1.0: ("frontier", {"bits": 1.0, "tune": {"epochs": 4, "lr": 1e-4, "scale_lr": 3e-3, "distill": 64}}),
-    1.5: ("frontier", {"bits": 1.5}),
-    2.3: ("frontier", {"bits": 2.3}),
+    budget: ("frontier", {"bits": budget}) for budget in (0.55, 0.8, 1.0, 1.5, 2.3)
 }
 
 
-def measure(budget: float, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(budget: float, original: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
     preset, changes = RECIPES[budget]
-    shared = {"calib": arguments.calib, "samples": arguments.samples, "seqlen": arguments.seqlen}
     out, started = arguments.out / f"{budget:g}", time.perf_counter()
-    recipe = signbit.Recipe.load(preset, {**shared, **changes})
+    recipe = signbit.Recipe.load(preset, {"calib": arguments.calib, **changes})
     signbit.quantize(arguments.model, out, recipe, resume=True, progress=ConsoleProgress())
     minutes = (time.perf_counter() - started) / 60
     return {
@@ -46,7 +41,7 @@ def measure(budget: float, arguments: argparse.Namespace) -> dict[str, Any]:
         "changes": changes,
         "stored": round(signbit.inspect(out)["bits_per_weight"], 4),
         "perplexity": perplexities(out, arguments),
-        "original": perplexities(arguments.model, arguments),
+        "original": original,
         "minutes": round(minutes, 1),
         "machine": platform.processor() or platform.machine(),
     }
@@ -77,17 +72,17 @@ def main() -> int:
     parser.add_argument("--text", required=True, action="append", help="evaluation text; may be given more than once")
     parser.add_argument("--out", required=True, type=Path, help="where checkpoints and results are kept")
     parser.add_argument("--budget", type=float, nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--seqlen", type=int, default=512, help="tokens in each")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     arguments.out.mkdir(parents=True, exist_ok=True)
     kept = arguments.out / "frontier.json"
     rows: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
-    for budget in arguments.budget:
-        if budget not in {row["budget"] for row in rows}:
-            rows.append(measure(budget, arguments))
+    missing = [budget for budget in arguments.budget if budget not in {row["budget"] for row in rows}]
+    if missing:
+        original = rows[0]["original"] if rows else perplexities(arguments.model, arguments)
+        for budget in missing:
+            rows.append(measure(budget, original, arguments))
             write_text(kept, json.dumps(rows, indent=1) + "\n")
     print(table(rows))
     return 0

@@ -31,6 +31,7 @@ def test_more_bits_never_choose_what_is_worse() -> None:
 def test_a_recipe_with_a_budget_of_its_own_gets_all_of_it() -> None:
     first = measurements()[0]
     assert recipe_for(first.budget + 0.01).to_dict()["bits"] == first.budget + 0.01
+    assert recipe_for(2.5).to_dict()["bits"] == recipe_for(16).to_dict()["bits"] == 2.5
     assert recipe_for(first.budget, {"bits": 0.4, "samples": 3}).to_dict()["bits"] == 0.4
 
 

@@ -2,7 +2,7 @@
 
 signbit/recipes/frontier.json holds what was measured, by one command (benchmarks/frontier.py): for each budget a preset
 with changed keys, and what came of it on the demo model. ``quantize --bits B`` takes the recipe of the largest measured
-budget that B pays for, and lets it use all of B if the recipe has a budget of its own.
+budget that B pays for, and lets it use all of B, up to 2.5 bits: what is best beyond that is not ours to say.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 
 from signbit.errors import SignbitError
 from signbit.recipe import Recipe
+
+# Bits a weight up to which a recipe is given all that is asked for.
+_MOST = 2.5
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,5 @@ def recipe_for(bits: float, overrides: dict[str, Any] | None = None) -> Recipe:
             "name a recipe, such as sign-factors with --set bits"
         )
     best = paid[-1]
-    changes = dict(best.changes)
-    if "bits" in changes and best is not known[-1]:
-        changes["bits"] = bits
-    return Recipe.load(best.recipe, {**changes, **(overrides or {})})
+    own = {"bits": min(bits, _MOST)} if "bits" in best.changes else {}
+    return Recipe.load(best.recipe, {**best.changes, **own, **(overrides or {})})
