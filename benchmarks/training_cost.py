@@ -23,11 +23,12 @@ import torch
 
 from signbit.architectures import find_blocks, linears_of
 from signbit.inference import open_model
+from signbit.precision import autocast, uses_bfloat16
 from signbit.progress import Silent
 from signbit.source import open_source
 from signbit.training.data import FILE, Windows
 from signbit.training.latent import LatentLinear
-from signbit.training.loop import Loop, Trainable, precision_of
+from signbit.training.loop import Loop, Trainable
 from signbit.training.options import TrainingOptions
 from signbit.training.processes import Processes
 from signbit.training.states import Head, StatesOf
@@ -44,6 +45,7 @@ def loop_of(kind: str, arguments: argparse.Namespace, directory: Path, seconds: 
     )
     processes = Processes("cpu" if not torch.cuda.is_available() else "cuda")
     device = processes.device
+    dtype = torch.bfloat16 if uses_bfloat16(options.precision, device) else torch.float32
     source = open_source(arguments.model)
     blocks = find_blocks(source.skeleton)[0]
     if kind == "latent":
@@ -55,16 +57,16 @@ def loop_of(kind: str, arguments: argparse.Namespace, directory: Path, seconds: 
                 linear.weight.requires_grad_()
     scales = {id(one) for module in model.modules() if isinstance(module, LatentLinear) for one in module.scales()}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    original, _ = open_model(arguments.model, device=device.type)
+    original, _ = open_model(arguments.model, device=device.type, dtype=dtype)
     teacher = Teacher(
         StatesOf(original.requires_grad_(False), blocks, hidden=True),
-        Head(original, torch.float32),
-        precision_of(options, device),
+        Head(original, dtype),
+        autocast(options.precision, device),
         None,
     )
     states = StatesOf(model, blocks, hidden=True)
     of_scales = {name for name, parameter in trained.items() if id(parameter) in scales}
-    student = Trainable(states, Head(model, torch.float32), trained, of_scales, dict.fromkeys(trained, math.inf))
+    student = Trainable(states, Head(model, dtype), trained, of_scales, dict.fromkeys(trained, math.inf))
     last = time.perf_counter()
 
     def note(name: str, value: float, step: int) -> None:

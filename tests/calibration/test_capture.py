@@ -7,6 +7,7 @@ from torch import Tensor
 from signbit import SignbitError
 from signbit.architectures import find_blocks, linears_of, unfuse_experts
 from signbit.calibration.capture import BlockInputs, HessianCapture
+from signbit.precision import fast_float32
 from tiny import FAMILIES, VOCAB, build
 
 CPU = torch.device("cpu")
@@ -25,8 +26,9 @@ def test_block_by_block_is_the_model(family: str) -> None:
     _, blocks = find_blocks(model)
     wanted: list[Tensor] = []
     handle = blocks[-1].register_forward_hook(lambda _m, _i, y: wanted.append(y[0] if isinstance(y, tuple) else y))
-    for batch in batches():
-        model(batch, use_cache=False)
+    with fast_float32():
+        for batch in batches():
+            model(batch, use_cache=False)
     handle.remove()
     inputs = BlockInputs(blocks)
     inputs.record(model, batches(), CPU)

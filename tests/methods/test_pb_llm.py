@@ -89,7 +89,8 @@ def slow(weight: Tensor, factor: Factor, options: PBLLMOptions) -> Tensor:
                     within = original[i] if options.code_scope == "row" else row[marked[i]]
                     choices = slow_levels(within, options.code_bits, options.mean)
                 else:
-                    choices = slow_ordinary(row[~marked[i]], options.mean)
+                    averaged = row * ~marked[i] if options.averages == "group" else row[~marked[i]]
+                    choices = slow_ordinary(averaged, options.mean)
                 value = choices[(choices - work[i, j]).abs().argmin()]
                 error = (work[i, j] - value) / upper[j, j]
                 work[i, j] = value
@@ -113,6 +114,8 @@ def slow(weight: Tensor, factor: Factor, options: PBLLMOptions) -> Tensor:
         {"code_scope": "group", "code_bits": 3, "mean": False},
         {"feedback": "none"},
         {"group_size": 0},
+        {"averages": "group"},
+        {"averages": "group", "salient_fraction": 0.5, "mean": False},
     ],
     ids=str,
 )
@@ -126,6 +129,18 @@ def test_equals_the_slow_implementation(options: dict[str, Any], seed: int) -> N
 
 
 # --- what the released code gets wrong --------------------------------------------------------------------------------
+
+
+def test_averages_over_the_group_shrink_scales_by_the_share_of_salient_weights() -> None:
+    """What the released code does, and the preset with it."""
+    weight = random_weight(20, 64)
+    of_rest, of_group = (
+        quantize(weight, averages=averages, mean=False, group_size=0).scales.float()
+        for averages in ("binarized", "group")
+    )
+    salient = quantize(weight, mean=False, group_size=0).salient_places()
+    counts = torch.bincount(salient // 64, minlength=20).unsqueeze(1)
+    torch.testing.assert_close(of_group, of_rest * (64 - counts) / 64, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5])

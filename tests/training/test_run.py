@@ -44,6 +44,7 @@ SMALL: dict[str, Any] = {
     "weight_decay": 0.01,
     "snapshot_every": 5,
     "evaluate_every": 6,
+    "precision": "float32",
 }
 
 

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from signbit import SignbitError
 from signbit.architectures import find_blocks
 from signbit.journal import Journal
+from signbit.precision import autocast
 from signbit.progress import Silent
 from signbit.recipe import Recipe
 from signbit.training import teacher as teaching
 from signbit.training.arguments import Run
-from signbit.training.loop import precision_of
 from signbit.training.options import TrainingOptions
 from signbit.training.processes import Processes
 from signbit.training.run import _teacher
@@ -106,9 +106,7 @@ class TestCache:
         with torch.no_grad():
             hidden, final = states(IDS[:1])
         cache = Cache(directory, 10, States(hidden, final if last else None), IDS.shape[1])
-        return Teacher(
-            states, Head(states.model, torch.float32), precision_of(TrainingOptions(), torch.device("cpu")), cache
-        )
+        return Teacher(states, Head(states.model, torch.float32), autocast("float32", torch.device("cpu")), cache)
 
     def test_what_is_looked_up_is_what_was_computed(self, teacher: Teacher, tmp_path: Path) -> None:
         first = teacher.states([7, 2, 0, 1], IDS)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from signbit.calibration.hessian import HessianAccumulator
 from signbit.errors import SignbitError
 from signbit.finite import all_finite
+from signbit.precision import fast_float32
 from signbit.timing import phase
 
 
@@ -95,7 +96,7 @@ class BlockInputs:
     def run(self, index: int, *, keep: bool) -> None:
         """Call block ``index`` on every batch. ``keep``: its outputs become the hidden states."""
         for i, hidden in enumerate(self.hidden):
-            with phase("forward"):
+            with phase("forward"), fast_float32():
                 output = self.call(index, i, hidden)
             if keep:
                 self.hidden[i] = output

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from signbit.errors import SignbitError
+from signbit.precision import fast_float32
 from signbit.progress import Progress
 
 # Positions whose logits are brought to float32 at once: a vocabulary of 150,000 then takes 150 MB.
@@ -94,5 +95,6 @@ def _perplexity(losses: list[float]) -> float:
 
 
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=window.unsqueeze(0).to(model.device), use_cache=False).logits[0]
+    with fast_float32():
+        logits: Tensor = model(input_ids=window.unsqueeze(0).to(model.device), use_cache=False).logits[0]
     return logits

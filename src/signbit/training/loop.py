@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from signbit.errors import SignbitError
+from signbit.precision import autocast, fast_float32
 from signbit.progress import Progress
 from signbit.training.data import Windows
 from signbit.training.losses import cross_entropies, distillation
@@ -61,7 +61,7 @@ class Loop:
         self.options, self.processes, self.windows, self.teacher = options, processes, windows, teacher
         self.directory, self.progress, self.log = directory, progress, log
         self.head, self.limits = student.head, student.limits
-        self.autocast = precision_of(options, processes.device)
+        self.autocast = autocast(options.precision, processes.device)
         self.accumulation = accumulation_of(options, processes.count)
         names = list(student.parameters)
         self.states = student.states
@@ -82,7 +82,7 @@ class Loop:
         if not self.record.heldout:
             self._evaluate()
             self._stop_if_in_trouble(self.record.trouble())
-        with self.progress.task("training", options.steps) as task:
+        with self.progress.task("training", options.steps) as task, fast_float32():
             task.advance(self.record.steps)
             for step in range(self.record.steps, options.steps):
                 began = time.perf_counter()
@@ -234,16 +234,3 @@ def accumulation_of(options: TrainingOptions, processes: int) -> int:
             f"{processes} process{'es' if processes > 1 else ''}: change one of them"
         )
     return options.batch // together
-
-
-def uses_bfloat16(options: TrainingOptions, device: torch.device) -> bool:
-    if options.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return options.precision == "bfloat16"
-
-
-def precision_of(options: TrainingOptions, device: torch.device) -> AbstractContextManager[None]:
-    """What both models are run in; may be entered again and again."""
-    if uses_bfloat16(options, device):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()

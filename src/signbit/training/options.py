@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from signbit.precision import Precision
+
 # Nothing sensible is beyond, and float32 sums of what is below do not overflow at once.
 _LARGEST = 1e6
 
@@ -69,8 +71,8 @@ class TrainingOptions(BaseModel):
     max_grad_norm: NotNegative = Field(1.0, description="the norm that gradients are clipped to; 0: not at all")
 
     # How it runs
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of activations; auto: bfloat16 on GPUs that have it. Latents are float32"
+    precision: Precision = Field(
+        "auto", description="of activations; auto: bfloat16 where the processor multiplies it. Latents are float32"
     )
     gradient_checkpointing: bool = Field(False, description="compute blocks again rather than keep their activations")
     sharding: Literal["none", "full"] = Field(

@@ -29,6 +29,7 @@ from signbit.inference import open_model
 from signbit.journal import Journal, run_failed
 from signbit.memory import return_free_memory
 from signbit.pipeline import already_finished, quantize, target_of
+from signbit.precision import autocast, uses_bfloat16
 from signbit.progress import Progress, Silent
 from signbit.recipe import Recipe
 from signbit.report.beside import write_checkpoint_page
@@ -38,7 +39,7 @@ from signbit.source import Source, remove_workspaces
 from signbit.training import data, record, student
 from signbit.training.arguments import Run, check, check_export, check_losses, from_start, identity_of
 from signbit.training.latent import LatentLinear
-from signbit.training.loop import Log, Loop, Trainable, precision_of, uses_bfloat16
+from signbit.training.loop import Log, Loop, Trainable
 from signbit.training.processes import Processes
 from signbit.training.record import Record
 from signbit.training.snapshot import Snapshot
@@ -211,7 +212,7 @@ def _learn(run: Run, found: Snapshot | None) -> None:
         blocks = find_blocks(source.skeleton)[0]
     if found is not None:
         found.restore("", model)
-    dtype = torch.bfloat16 if uses_bfloat16(options, device) else torch.float32
+    dtype = torch.bfloat16 if uses_bfloat16(options.precision, device) else torch.float32
     states = StatesOf(
         model,
         blocks,
@@ -249,7 +250,7 @@ def _teacher(run: Run, windows: data.Windows, blocks: str, dtype: torch.dtype) -
         cache = Cache(
             run.journal.directory, windows.count, States(hidden, last if options.kl else None), windows.seqlen
         )
-    return Teacher(states, Head(model, dtype), precision_of(options, device), cache)
+    return Teacher(states, Head(model, dtype), autocast(options.precision, device), cache)
 
 
 @contextmanager

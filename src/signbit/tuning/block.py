@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from signbit.architectures import replace_module
 from signbit.errors import SignbitError
 from signbit.modules import QuantizedLinear
+from signbit.precision import autocast, fast_float32
 from signbit.training.latent import LatentLinear, latent_of
 from signbit.training.options import TrainingOptions
 from signbit.tuning.options import TuneOptions
@@ -61,6 +62,7 @@ class BlockTuner:
         self.block, self.forward, self.options, self.storage = block, forward, options, storage
         self.weights = weights
         self.inputs, self.targets = inputs, targets
+        self.autocast = autocast(options.precision, inputs[0].device)
         self.linears = {name: one for name, one in block.named_modules() if isinstance(one, QuantizedLinear)}
 
     def tune(self, seed: int) -> tuple[float, float]:
@@ -71,7 +73,7 @@ class BlockTuner:
         latents = {name: self._latent(linear, self.weights[name]) for name, linear in self.linears.items()}
         for name, latent in latents.items():
             replace_module(self.block, name, latent)
-        with torch.enable_grad():
+        with torch.enable_grad(), fast_float32():
             self._descend(latents, list(norms.values()), seed)
         for parameter in norms.values():
             parameter.requires_grad_(False).copy_(parameter.to(self.storage))
@@ -124,7 +126,9 @@ class BlockTuner:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / steps))
                 optimizer.zero_grad()
-                relative_error(self.forward(i, self.inputs[i]), self.targets[i]).backward()
+                with self.autocast:
+                    found = self.forward(i, self.inputs[i])
+                relative_error(found, self.targets[i]).backward()
                 if options.max_grad_norm:
                     nn.utils.clip_grad_norm_([*signs, *others], options.max_grad_norm)
                 optimizer.step()

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from signbit.precision import Precision
 from signbit.training.options import NotNegative, Positive
 from signbit.training.straight_through import Estimator
 
@@ -28,6 +29,9 @@ class TuneOptions(BaseModel):
     scale_lr: Positive = Field(1e-3, description="of scales and means, relative to their size, and of norms")
     straight_through: Estimator = Field("identity", description="the gradient of a latent weight's sign")
     max_grad_norm: NotNegative = Field(0.0, description="the norm that gradients are clipped to; 0: not at all")
+    precision: Precision = Field(
+        "auto", description="of activations; auto: bfloat16 where the processor multiplies it. Latents are float32"
+    )
 
     distill: int = Field(0, ge=0, description="optimizer steps of distilling the scales of the whole model at the end")
     distill_batch: int = Field(4, ge=1, description="sequences of seqlen tokens in such a step")
@@ -43,4 +47,5 @@ class TuneOptions(BaseModel):
             "lr": self.distill_lr,
             "warmup": min(10, self.distill - 1),
             "heldout": 4,
+            "precision": self.precision,
         }
