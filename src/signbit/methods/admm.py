@@ -48,7 +48,6 @@ import torch
 from torch import Tensor
 
 from signbit.methods.dual_svid import Path, rounded, sgn, truncated
-from signbit.precision import fast_float32
 
 Order = Literal["gauss-seidel", "jacobi"]
 Penalty = Literal["linear", "cubic"]
@@ -119,7 +118,6 @@ class _Factor:
         self.dual = moved - self.z
 
 
-@fast_float32()
 def solve(target: Tensor, rank: int, metric: Metric, schedule: Schedule) -> Path:
     """Sign factors of ``target`` [n, m], float32."""
     A, B = _start(target, rank, metric, schedule)

@@ -52,6 +52,7 @@ from signbit.methods.admm import Metric, Order, Penalty, Schedule, Start, solve
 from signbit.methods.column_scales import fit_columns
 from signbit.methods.dual_svid import Path, rounded, sgn, truncated
 from signbit.methods.options import Method, MethodOptions
+from signbit.precision import fast_float32
 from signbit.timing import phase
 
 _RIDGE = 1e-6
@@ -88,6 +89,7 @@ class SignFactorsOptions(MethodOptions):
         return Schedule(self.iterations, self.inner, self.order, self.penalty, self.init, self.init_seed)
 
 
+@fast_float32()
 def quantize(weight: Tensor, factor: Factor | None, options: SignFactorsOptions) -> SignFactors:
     if factor is None and options.metric != "none":
         raise SignbitError(f"metric {options.metric} needs calibration: set samples to at least 1, or metric to none")
