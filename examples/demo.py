@@ -1,6 +1,9 @@
-"""The demo: SmolLM2-135M down to one sign a weight with BiLLM, on text that it writes itself, with nothing downloaded.
+"""The demo: SmolLM2-135M in 2.3 bits a weight, on text that it writes itself, with nothing downloaded.
 
     python examples/demo.py [DIRECTORY]
+
+Two sign planes (``arb-llm-plus``), each block tuned as a whole, then all scales distilled: what one bit a weight does to
+so small a model is in docs/frontier.md, and is not to be read.
 
 Every step is what the command line does: ``signbit quantize demo``, ``signbit eval``, ``signbit inspect``,
 ``signbit generate``. It evaluates the original and the packed model on real English that every machine has, the
@@ -24,9 +27,9 @@ from signbit.inference import generate
 PROMPT = "The capital of France is"
 # Rough seconds of each step on two cores, to say how much is left.
 STEPS = {
-    "quantize the model with BiLLM, calibrated on 16 sequences of 256 tokens that it writes itself": 150,
-    "evaluate the packed model against the original": 110,
-    "let both continue a prompt": 60,
+    "quantize and tune the model, on 32 sequences of 256 tokens that it writes itself": 240,
+    "evaluate the packed model against the original": 60,
+    "let both continue a prompt": 40,
 }
 
 
@@ -54,12 +57,14 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     progress, steps = ConsoleProgress(), Steps()
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "smollm2-billm"
+        out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "smollm2-packed"
         english = Path(folder) / "python-language-reference.txt"
         english.write_text("\n\n".join(topics[key] for key in sorted(topics)), encoding="utf-8")
 
         steps.begin()
-        recipe = signbit.Recipe.load("billm", {"calib": "self", "samples": 16, "seqlen": 256, "embeddings": "int8"})
+        text = {"calib": "self", "samples": 32, "seqlen": 256}
+        tune = {"epochs": 3, "lr": 3e-4, "distill": 40, "distill_batch": 4}
+        recipe = signbit.Recipe.load("arb-llm-plus", {**text, "embeddings": "int8", "tune": tune})
         report = signbit.quantize("demo", out, recipe, progress=progress)
         console.print(quantization_table(report))
         console.print(seconds_table(report.seconds))

@@ -127,7 +127,9 @@ class Recipe:
             return None
         fields = self.to_dict()
         fields["tune"] = {**fields["tune"], "distill": 0}
-        return Recipe({**fields, **tune.distillation()})
+        # Text that the model itself writes costs as much as training on it does: as much again as to calibrate on.
+        written = self.common.samples * self.common.seqlen
+        return Recipe({**fields, **tune.distillation(), "self_tokens": written})
 
 
 def presets() -> list[str]:
