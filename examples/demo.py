@@ -2,8 +2,8 @@
 
     python examples/demo.py [DIRECTORY]
 
-Two sign planes (``arb-llm-plus``), each block tuned as a whole, then all scales distilled. What one bit a weight does to
-so small a model is in docs/frontier.md; it cannot be read.
+Two sign planes (``arb-llm-plus``), each block tuned as a whole, then all scales distilled. What one bit a weight does
+to so small a model is in docs/frontier.md; it cannot be read.
 
 Every step is what the command line does: ``signbit quantize demo``, ``signbit eval``, ``signbit inspect``,
 ``signbit generate``. It evaluates the original and the packed model on real English that every machine has, the
