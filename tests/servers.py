@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from signbit.serving.app import Service, make_app
+from signbit.serving.connection import Connection
 from signbit.serving.engine import Engine
 from signbit.serving.prompts import Prompts
 from signbit.serving.run import bind
@@ -57,7 +58,7 @@ def running(
     service = Service("tiny", scheduler, Prompts(words, model.config, context), 2**20)
     listening: socket.socket = bind("127.0.0.1", 0)
     app = make_app(service, **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_level="critical", ws="none", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     scheduler.start()
     thread.start()

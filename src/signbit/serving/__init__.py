@@ -2,6 +2,7 @@
 
     run.py, app.py         the server: a socket and signals; routes
     schema.py, replies.py  what requests may say; what answers look like
+    connection.py          what reaches a socket without being a request
     limits.py, errors.py   who may ask, how much, and what is said to the others
     prompts.py             messages and text to tokens
     scheduler.py           one thread that owns the model; the queue before it

@@ -122,6 +122,8 @@ def model_name(model: str) -> str:
 def _run(app: Any, scheduler: Scheduler, listening: socket.socket, grace: float) -> None:
     import uvicorn
 
+    from signbit.serving.connection import BACKLOG, Connection
+
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             # Without super: it would raise the signal again at the end, and the process would seem to have failed.
@@ -145,7 +147,9 @@ def _run(app: Any, scheduler: Scheduler, listening: socket.socket, grace: float)
 
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        http=Connection,
+        backlog=BACKLOG,
+        log_level="error",  # warnings are about clients, which could fill the log with them
         access_log=False,
         server_header=False,
         ws="none",
