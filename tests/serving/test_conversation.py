@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel
 
 from servers import TEMPLATE
+from signbit.architectures import find_blocks
 from signbit.errors import SignbitError
 from signbit.serving.conversation import Conversation
 from signbit.serving.prompts import Prompts
@@ -54,6 +56,35 @@ def test_a_stopped_answer_is_kept_as_far_as_it_went() -> None:
     assert talk.messages[-1] == {"role": "assistant", "content": said.strip()}
     assert talk.last.finish is None
     assert "".join(talk.ask("Go on"))
+
+
+@pytest.mark.parametrize(("make", "tokens"), [(lambda: build("llama"), 0), (lambda: build("llama"), 1), (falcon, 0)])
+def test_interrupted_within_a_forward(
+    make: Callable[[], PreTrainedModel], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ctrl-C nearly always comes when the first layers have read a token and the last have not."""
+    talk = conversation(make())
+    "".join(talk.ask("Hello"))
+    before = len(talk.messages)
+    pieces = talk.ask("Go on")
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(tokens):
+            next(pieces)
+        with monkeypatch.context() as within:
+            within.setattr(last_block(talk.model), "forward", interrupted)
+            "".join(pieces)
+    assert len(talk.messages) == before + (2 if tokens else 0)
+    fresh = conversation(make())
+    fresh.messages = [dict(message) for message in talk.messages]
+    assert "".join(talk.ask("Why")) == "".join(fresh.ask("Why"))
+
+
+def last_block(model: PreTrainedModel) -> torch.nn.Module:
+    return find_blocks(model)[1][-1]
+
+
+def interrupted(*arguments: Any, **options: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_old_turns_are_left_out() -> None:

@@ -127,12 +127,7 @@ class Conversation:
         while same < most and self._cached[same] == prompt[same]:
             same += 1
         if same < len(self._cached):
-            if self._forward.plain:
-                for layer in self._cache.layers:
-                    layer.keys, layer.values = layer.keys[:, :, :same], layer.values[:, :, :same]
-            else:  # what was read cannot be taken back
-                self._cache, same = self._forward.new_cache(), 0
-            del self._cached[same:]
+            same = self._cut(same)
         turn.reused = same
         for start in range(same, len(prompt), _PIECE):
             logits = self._extend(prompt[start : start + _PIECE])
@@ -140,6 +135,21 @@ class Conversation:
 
     @torch.inference_mode()
     def _extend(self, tokens: list[int]) -> Tensor:
-        logits = self._forward.read(tokens, self._cache, len(self._cached))[0]
+        try:
+            logits = self._forward.read(tokens, self._cache, len(self._cached))[0]
+        except BaseException:  # ctrl-C, nearly always: the first layers have read the tokens, the last have not
+            self._cut(len(self._cached))
+            raise
         self._cached += tokens
         return logits
+
+    def _cut(self, length: int) -> int:
+        """Forget all but the first ``length`` tokens, or more where there is no other way; how many are left."""
+        if self._forward.plain:
+            for layer in self._cache.layers:
+                if layer.is_initialized:
+                    layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        else:  # what was read cannot be taken back
+            self._cache, length = self._forward.new_cache(), 0
+        del self._cached[length:]
+        return length
