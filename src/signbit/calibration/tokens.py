@@ -21,7 +21,7 @@ def tokenize(tokenizer: Any, text: str, config: PreTrainedConfig, *, special: bo
         ids = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
         tokens = torch.tensor(ids, dtype=torch.int64)
     except (TypeError, UnicodeError) as error:
-        raise SignbitError(f"the text cannot be tokenized: it is not valid Unicode ({error})") from error
+        raise SignbitError("the text cannot be tokenized: it is not valid Unicode") from error
     size = config.get_text_config().vocab_size
     if len(tokens) and int(tokens.max()) >= size:
         raise SignbitError(

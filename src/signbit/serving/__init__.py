@@ -10,7 +10,7 @@
     rows.py                several sequences of any length in one forward
     job.py, sampling.py    one request; how its next token is chosen
     detokenize.py          tokens to text as they come, and where to stop
-    conversation.py, terminal.py    one sequence, kept between turns
+    conversation.py, terminal.py, wrapping.py    one sequence, kept between turns; a terminal to talk in
 
 Everything up to the scheduler is plain Python and torch, with no thread and no HTTP in it.
 """

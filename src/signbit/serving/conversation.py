@@ -53,6 +53,8 @@ class Conversation:
         self._ends = end_tokens(self.model, self.tokenizer)
         self._sampler = Sampler(self.sampling)
         self._cache, self._cached = self._forward.new_cache(), []  # type: ignore[var-annotated]
+        # Whether all layers hold the keys of all that is cached, and no more: ctrl-C comes between two of them.
+        self._whole = True
         self.last = Turn()
 
     def reset(self) -> None:
@@ -126,7 +128,7 @@ class Conversation:
         most = min(len(self._cached), len(prompt) - 1)
         while same < most and self._cached[same] == prompt[same]:
             same += 1
-        if same < len(self._cached):
+        if same < len(self._cached) or not self._whole:
             same = self._cut(same)
         turn.reused = same
         for start in range(same, len(prompt), _PIECE):
@@ -135,21 +137,21 @@ class Conversation:
 
     @torch.inference_mode()
     def _extend(self, tokens: list[int]) -> Tensor:
-        try:
-            logits = self._forward.read(tokens, self._cache, len(self._cached))[0]
-        except BaseException:  # ctrl-C, nearly always: the first layers have read the tokens, the last have not
-            self._cut(len(self._cached))
-            raise
+        self._whole = False
+        logits = self._forward.read(tokens, self._cache, len(self._cached))[0]
         self._cached += tokens
+        self._whole = True
         return logits
 
     def _cut(self, length: int) -> int:
         """Forget all but the first ``length`` tokens, or more where there is no other way; how many are left."""
+        self._whole = False
+        del self._cached[length:]
         if self._forward.plain:
             for layer in self._cache.layers:
                 if layer.is_initialized:
                     layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
         else:  # what was read cannot be taken back
             self._cache, length = self._forward.new_cache(), 0
-        del self._cached[length:]
+            self._cached.clear()
         return length

@@ -22,6 +22,7 @@ from signbit.safetensors_file import write_text
 from signbit.serving.conversation import Conversation
 from signbit.serving.prompts import Prompts, context_length
 from signbit.serving.sampling import NotFiniteError, Sampling
+from signbit.serving.wrapping import Wrapping, line_width
 
 _HELP = """\
 /reset          forget the conversation
@@ -80,7 +81,11 @@ class Terminal:
             if command.startswith("/"):
                 self._commands.get(command, self._unknown)(rest.strip())
             elif command:
-                self._answer(line.strip())
+                try:
+                    self._answer(line.strip())
+                except KeyboardInterrupt:  # a second one, while the first was dealt with
+                    if not self._interactive:
+                        raise
 
     def _line(self) -> str | None:
         """The next message, None at the end."""
@@ -97,12 +102,14 @@ class Terminal:
 
     def _answer(self, text: str) -> None:
         pieces = self._conversation.ask(text)
+        width = line_width(self._out)
+        shown = self._out if width is None else Wrapping(self._out, width)
         begun = False
         try:
             for piece in pieces:
                 piece = piece if begun else piece.lstrip()
                 begun = begun or bool(piece)
-                self._out.write(printable(piece) if self._interactive else piece)
+                shown.write(printable(piece) if self._interactive else piece)
                 self._out.flush()
         except KeyboardInterrupt:
             pieces.close()  # type: ignore[attr-defined]
@@ -170,8 +177,9 @@ def _controls(character: str) -> bool:
 
 
 def _edit_lines() -> None:
-    """Arrow keys and history in ``input``, where Python has them."""
+    """Arrow keys, history and pasted lines as one message in ``input``, where Python has them."""
     try:
-        import readline  # noqa: F401
+        import readline
     except ImportError:
         return
+    readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
