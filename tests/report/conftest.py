@@ -54,12 +54,13 @@ def compared(
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(measure, "evaluate", evaluate)
+        patched.setattr(measure, "load_tasks", lambda *given: None)
         patched.setattr(measure, "_time", lambda model, measures: bench_decode(model, tokens=3, prompt_tokens=2))
         patched.setattr(inference, "continue_text", lambda *given, **options: HOSTILE_TEXT)
         result = signbit.compare(
             hostile_models,
             folder / "page.html",
-            markdown=folder / "table.md",
+            markdown=folder / "table (1)#?.md",
             perplexity=text_file,
             seqlen=48,
             windows=2,
@@ -68,7 +69,7 @@ def compared(
             cache=folder / "cache",
         )
     json.dumps(result, allow_nan=False)
-    yield Compared(hostile_models, folder / "page.html", folder / "table.md", result)
+    yield Compared(hostile_models, folder / "page.html", folder / "table (1)#?.md", result)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -56,9 +57,9 @@ def test_markdown(compared: Compared) -> None:
     assert {line.count("|") for line in unescaped} == {table[1].count("|")}
     assert not any("<" in line for line in unescaped)
     pictures = [match for line in lines for match in re.findall(r"\]\((.*)\)$", line)]
-    assert pictures == ["table.svg", "table-2.svg", "table-3.svg"]
+    assert pictures == [f"table%20%281%29%23%3F{which}.svg" for which in ("", "-2", "-3")]
     for picture in pictures:
-        root = ElementTree.parse(compared.markdown.with_name(picture)).getroot()
+        root = ElementTree.parse(compared.markdown.with_name(unquote(picture))).getroot()
         assert root.tag.endswith("svg")
 
 
@@ -114,6 +115,10 @@ def test_other_vocabularies_are_not_compared(tiny_dir: MakeDir, text_file: Path,
         ({"models": []}, "name at least one model"),
         ({"models": ["x/y/z"]}, "does not exist"),
         ({"models": ["{model}", "{model}"]}, "given twice"),
+        ({"models": ["{model}", "{model}/../model/"]}, "given twice"),
+        ({"tasks": ["no_such_task"]}, "no_such_task"),
+        ({"tasks": ["piqa"], "task_data": "nowhere"}, "nowhere is not a directory"),
+        ({"perplexity": "{text}", "seqlen": 10_000}, "model: seqlen 10000"),
         ({"out": "page.txt"}, "end it in .html"),
         ({"out": "nowhere/page.html"}, "nowhere does not exist"),
         ({"markdown": "nowhere"}, "neither a .md file nor a directory"),
@@ -124,10 +129,14 @@ def test_other_vocabularies_are_not_compared(tiny_dir: MakeDir, text_file: Path,
         ({"against": "x/y/z"}, "does not exist"),
     ],
 )
-def test_refusals(tiny_dir: MakeDir, packed_dir: MakeDir, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_refusals(
+    tiny_dir: MakeDir, packed_dir: MakeDir, text_file: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     places = {"model": str(tiny_dir("llama")), "packed": str(packed_dir("llama"))}
     given: dict[str, Any] = {"models": ["{model}"], "out": "page.html", "perplexity": (), **change}
     models = [one.format(**places) for one in given.pop("models")]
+    if given["perplexity"] == "{text}":
+        given["perplexity"] = text_file
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(tmp_path)
         with pytest.raises(SignbitError, match=re.escape(message)):
@@ -135,7 +144,22 @@ def test_refusals(tiny_dir: MakeDir, packed_dir: MakeDir, tmp_path: Path, change
     assert not list(tmp_path.iterdir())
 
 
-def test_labels() -> None:
+def test_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of paths that are not there, which are taken for hub ids, and of those that are."""
     assert labels_of(["demo", "a/b/billm/", "/x/rtn-4"]) == ["demo", "billm", "rtn-4"]
     assert labels_of(["one/out", "two/out", "out"]) == ["one/out", "two/out", "out"]
     assert labels_of(["/", "./x"]) == ["/", "x"]
+    for name in ("a/billm", "b/a/billm"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a/billm")
+    assert labels_of([".", "../../b/a/billm"]) == [f"{tmp_path.name}/a/billm", "b/a/billm"]
+    assert labels_of(["."]) == ["billm"]
+
+
+def test_a_disk_that_is_full_at_the_end(tiny_dir: MakeDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("signbit.report.compare.write_text", full)
+    with pytest.raises(SignbitError, match=r"cannot be written: No space left"):
+        signbit.compare([tiny_dir("llama")], tmp_path / "out.html", perplexity=(), prompts=(), speed=False)

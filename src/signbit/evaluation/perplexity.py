@@ -73,7 +73,7 @@ def score(
                     original_loss -= float(wanted.gather(1, targets).sum())
                     divergence += float((wanted.exp() * (wanted - predicted)).sum())
                     agreement += int((wanted.argmax(-1) == predicted.argmax(-1)).sum())
-            if not math.isfinite(loss):
+            if not math.isfinite(loss + divergence):
                 raise SignbitError("the model's output contains NaN or infinite values: it cannot be scored")
             losses.append(loss / (len(window) - 1))
             original_losses.append(original_loss / (len(window) - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from signbit.errors import SignbitError
 from signbit.progress import Progress, Silent
 from signbit.report.markdown import write_markdown
-from signbit.report.measure import PROMPTS, Measures, ModelFacts, describe, measure
+from signbit.report.measure import PROMPTS, Measures, ModelFacts, describe, measure, place_of
 from signbit.report.page import comparison_page
 from signbit.safetensors_file import write_text
 from signbit.version import __version__
@@ -51,8 +52,10 @@ def compare(
     page, table = _target(Path(out)), None if markdown is None else _markdown_target(Path(markdown))
     if not given:
         raise SignbitError("nothing to compare: name at least one model")
-    if len(set(given)) < len(given):
-        raise SignbitError(f"{next(one for one in given if given.count(one) > 1)} is given twice: name each model once")
+    places = [place_of(one) for one in given]
+    for one, place in zip(given, places, strict=True):
+        if places.count(place) > 1:
+            raise SignbitError(f"{one} is given twice: name each model once")
     facts = describe(given, trust_remote_code)
     original = _original(facts, None if against is None else str(against), trust_remote_code)
     names = [tasks] if isinstance(tasks, str) else list(tasks)
@@ -78,10 +81,16 @@ def compare(
     measures.check()
     for one in facts:
         progress.note(f"measuring {one.label}")
-        measure(one, original, measures, progress)
-    write_text(page, comparison_page(facts, original, measures))
-    if table is not None:
-        write_markdown(facts, original, measures, table)
+        try:
+            measure(one, original, measures, progress)
+        except SignbitError as error:
+            raise SignbitError(f"{one.label}: {error}") from error
+    try:
+        write_text(page, comparison_page(facts, original, measures))
+        if table is not None:
+            write_markdown(facts, original, measures, table)
+    except OSError as error:
+        raise SignbitError(f"{page} cannot be written: {error.strerror}; what was measured is kept") from error
     return {"signbit": __version__, "against": measures.against, "models": [one.to_dict() for one in facts]}
 
 
@@ -103,7 +112,7 @@ def _markdown_target(markdown: Path) -> Path:
         return _writable(markdown)
     if not markdown.is_dir():
         raise SignbitError(f"{markdown} is neither a .md file nor a directory: end it in .md, or create it first")
-    return markdown / "report.md"
+    return _writable(markdown / "report.md")
 
 
 def _writable(file: Path) -> Path:
@@ -111,4 +120,6 @@ def _writable(file: Path) -> Path:
         raise SignbitError(f"{file} is a directory: give a file")
     if not file.parent.is_dir():
         raise SignbitError(f"{file} cannot be written: {file.parent} does not exist")
+    if not os.access(file.parent, os.W_OK):
+        raise SignbitError(f"{file} cannot be written: {file.parent} is not yours to write to")
     return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from signbit.report.charts import standalone
 from signbit.report.figures import NONE, fixed, percent, significant, size
@@ -27,7 +28,7 @@ def write_markdown(
         beside = file.with_name(f"{file.stem}{f'-{i + 1}' if i else ''}.svg")
         write_text(beside, standalone(picture["wide"], chart_style()))
         written.append(beside)
-        lines += [f"![Honest bits against {escape(picture['title'])}]({beside.name.replace(' ', '%20')})", ""]
+        lines += [f"![Honest bits against {escape(picture['title'])}]({quote(beside.name)})", ""]
     write_text(file, "\n".join(lines))
     return written
 

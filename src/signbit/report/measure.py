@@ -22,6 +22,7 @@ from signbit.calibration.text import SELF, read_text, text_fingerprint
 from signbit.errors import SignbitError
 from signbit.evaluation import evaluate
 from signbit.evaluation.store import Store, content_hash, hash_of, open_store
+from signbit.evaluation.tasks import load_tasks
 from signbit.modules import set_activations
 from signbit.progress import Progress
 from signbit.report.making import Making, making_of
@@ -66,6 +67,8 @@ class Measures:
                 raise SignbitError(
                     "the text 'self' is written by the original: add it to the models, or name it with --against"
                 )
+        if self.tasks:
+            load_tasks(self.tasks, None if self.task_data is None else Path(self.task_data), self.limit)
         for prompt in self.prompts:
             inference.check_request(prompt, self.max_tokens)
 
@@ -129,7 +132,7 @@ def describe(models: Sequence[str], trust_remote_code: bool) -> list[ModelFacts]
 
 def labels_of(models: Sequence[str]) -> list[str]:
     """Short names: the last part of each path or hub id, or as many parts as tell two apart."""
-    parts = [[part for part in model.rstrip("/").split("/") if part] or [model] for model in models]
+    parts = [[part for part in place_of(model).split("/") if part] or [model] for model in models]
     shown = [1] * len(models)
     while True:
         labels = ["/".join(part[-count:]) for part, count in zip(parts, shown, strict=True)]
@@ -139,6 +142,11 @@ def labels_of(models: Sequence[str]) -> list[str]:
             return labels
         for i in longer:
             shown[i] += 1
+
+
+def place_of(model: str) -> str:
+    """A hub id as it is, and the same for every way to write the same path."""
+    return os.path.abspath(model) if Path(model).exists() else model.rstrip("/")
 
 
 def _describe(model: str, label: str, trust_remote_code: bool) -> ModelFacts:
