@@ -9,12 +9,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from servers import Running, running
+from signbit.serving.job import Job
+from signbit.serving.scheduler import QueueFullError, Scheduler
 
 LONG = {"model": "tiny", "prompt": "Hello", "max_tokens": 190, "temperature": 1}
 
@@ -81,6 +84,19 @@ def test_who_waits_may_go_away(monkeypatch: pytest.MonkeyPatch) -> None:
                 time.sleep(0.05)
             assert not server.service.scheduler.waiting
         server.wait_until_idle()
+
+
+def test_places_in_the_queue_are_free_at_once() -> None:
+    """And not after the step that is under way, which others would be refused for."""
+    busy: Any = SimpleNamespace(slots=1, active=1)
+    scheduler = Scheduler(busy, queue=2)
+    jobs = [Job(prompt=[1], max_tokens=1, tell=lambda index, piece: None) for _ in range(3)]
+    scheduler.submit(jobs[:2])
+    with pytest.raises(QueueFullError):
+        scheduler.submit(jobs[2:])
+    scheduler.cancel(jobs[:1])
+    scheduler.submit(jobs[2:])
+    assert scheduler.waiting == 2
 
 
 def _slow_down(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from signbit.errors import SignbitError
 from signbit.evaluation import evaluate
 from signbit.evaluation.store import Store, content_hash, hash_of, open_store
 from signbit.evaluation.tasks import load_tasks
+from signbit.memory import return_free_memory
 from signbit.modules import set_activations
 from signbit.progress import Progress
 from signbit.report.making import Making, making_of
@@ -193,6 +194,7 @@ def measure(facts: ModelFacts, original: ModelFacts | None, measures: Measures, 
             if key not in store:
                 store.put(key, _write(facts, measures))
             facts.texts = store[key]
+    return_free_memory()
     if measures.speed:
         facts.speed = _time(facts.model, measures)
 

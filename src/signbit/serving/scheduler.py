@@ -74,10 +74,11 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Free what these jobs take, soon. No matter if they are finished."""
+        """Free what these jobs take: places in the queue at once, slots soon. No matter if they are finished."""
         with self._changed:
             for job in jobs:
                 job.cancelled = True
+            self._waiting = deque(job for job in self._waiting if not job.cancelled)
             self._changed.notify()
 
     def drain(self) -> None:
@@ -113,8 +114,6 @@ class Scheduler:
         with self._changed:
             while not (self._waiting or self.engine.busy or self._stopped):
                 self._changed.wait()
-            if any(job.cancelled for job in self._waiting):
-                self._waiting = deque(job for job in self._waiting if not job.cancelled)
             while self._waiting and self.engine.fits(self._waiting[0]):
                 self.engine.add(self._waiting.popleft())
         return not self._stopped
