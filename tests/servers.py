@@ -58,7 +58,9 @@ def running(
     service = Service("tiny", scheduler, Prompts(words, model.config, context), 2**20)
     listening: socket.socket = bind("127.0.0.1", 0)
     app = make_app(service, **options)
-    server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_level="critical", ws="none", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=Connection, log_level="critical", ws="none", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     scheduler.start()
     thread.start()
