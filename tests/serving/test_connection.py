@@ -1,4 +1,4 @@
-"""What reaches the socket without being a request: it is answered in OpenAI's form, or let go, and nothing is logged."""
+"""What reaches the socket without being a request: an answer in OpenAI's form or none, and nothing in the log."""
 
 import json
 import logging

@@ -1,9 +1,9 @@
 """What reaches a socket before it is a request, or instead of one.
 
 uvicorn waits for ever for a head that comes a byte at a time, takes connections until there are no files left to open,
-answers what is not HTTP in plain text, and fails with a traceback where that is sent after an answer. So its protocol is
-extended here: a head has a deadline, connections a limit, and errors the form of all others. h11 and not httptools,
-whichever is installed: it bounds the size of a head.
+answers what is not HTTP in plain text, and fails with a traceback where that is sent after an answer. So its protocol
+is extended here: a head has a deadline, connections a limit, and errors the form of all others. It is h11's and never
+httptools', whichever is installed: h11 bounds the size of a head.
 """
 
 from __future__ import annotations
