@@ -53,9 +53,9 @@ def compare(
     if not given:
         raise SignbitError("nothing to compare: name at least one model")
     places = [place_of(one) for one in given]
-    for one, place in zip(given, places, strict=True):
+    for name, place in zip(given, places, strict=True):
         if places.count(place) > 1:
-            raise SignbitError(f"{one} is given twice: name each model once")
+            raise SignbitError(f"{name} is given twice: name each model once")
     facts = describe(given, trust_remote_code)
     original = _original(facts, None if against is None else str(against), trust_remote_code)
     names = [tasks] if isinstance(tasks, str) else list(tasks)

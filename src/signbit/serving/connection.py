@@ -73,7 +73,7 @@ class Connection(H11Protocol):
             said = answer(ApiError(status, message))
             headers = [*said.raw_headers, (b"connection", b"close")]
             head = h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase)
-            events = (head, h11.Data(said.body), h11.EndOfMessage())
+            events = (head, h11.Data(bytes(said.body)), h11.EndOfMessage())
             self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()
 
