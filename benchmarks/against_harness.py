@@ -11,8 +11,10 @@ windows of GPTQ's protocol, which no task of its own has. Needs signbit[eval].
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +80,8 @@ def harness_tasks(lm: HFLM, data: Path, limit: int) -> dict[str, dict[str, float
         return {"task": task, "custom_dataset": lambda **_: splits}
 
     tasks = manager.load({"group": "all", "task": [local(task) for task in TASKS]})["tasks"]
-    found = lm_eval.evaluate(lm, {"tasks": tasks}, limit=limit)["results"]
+    with contextlib.redirect_stdout(sys.stderr):  # where the harness prints what it is doing
+        found = lm_eval.evaluate(lm, {"tasks": tasks}, limit=limit)["results"]
     return {task: {key.removesuffix(",none"): value for key, value in found[task].items()} for task in TASKS}
 
 
@@ -117,6 +120,7 @@ def main() -> None:
         if options.perplexity:
             expected = harness_perplexity(lm, options.perplexity, options.seqlen, options.windows)
             pairs.append(("perplexity", ours["perplexity"][str(options.perplexity)], expected))
+    print(f"{'':36} {'signbit':>14} {'harness':>14} {'relative':>10}")
     for name, found, expected in pairs:
         print(f"{name:36} {found:14.6f} {expected:14.6f} {abs(found - expected) / (abs(expected) or 1):10.1e}")
 
