@@ -24,13 +24,13 @@ import torch
 from signbit.architectures import find_blocks, linears_of
 from signbit.inference import open_model
 from signbit.precision import autocast, uses_bfloat16
+from signbit.processes import Processes
 from signbit.progress import Silent
 from signbit.source import open_source
 from signbit.training.data import FILE, Windows
 from signbit.training.latent import LatentLinear
 from signbit.training.loop import Loop, Trainable
 from signbit.training.options import TrainingOptions
-from signbit.training.processes import Processes
 from signbit.training.states import Head, StatesOf
 from signbit.training.student import make_student
 from signbit.training.teacher import Teacher

@@ -11,7 +11,7 @@ from torch import Tensor
 import signbit
 from matrices import hessian_of, random_inputs, random_weight
 from signbit import Recipe, SignbitError
-from signbit.blockwise import layer_errors
+from signbit.blockwise.linears import layer_errors
 from signbit.calibration.hessian import HessianAccumulator, centered, factorize
 from signbit.layouts import SignPlanes, describe, parse_spec
 from signbit.methods import sign

@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import signbit
-from signbit import Recipe, SignbitError, blockwise, checkpoint, methods, pipeline
+from signbit import Recipe, SignbitError, checkpoint, methods, pipeline
 from signbit.architectures import find_blocks
+from signbit.blockwise import calibrate, linears
 from signbit.calibration.capture import BlockInputs
 from signbit.cli import main
 from signbit.journal import Journal
@@ -65,7 +66,7 @@ def test_quantized_blocks_feed_the_next(
             tokens.extend(batches)
             super().record(model, batches, device)
 
-    monkeypatch.setattr(blockwise, "BlockInputs", Recorded)
+    monkeypatch.setattr(calibrate, "BlockInputs", Recorded)
     pipeline.quantize(str(tiny_dir(family)), tmp_path / "out", recipe(text_file, embeddings=codec), device="cpu")
     model, _ = signbit.load(tmp_path / "out")
     seen: list[torch.Tensor] = []
@@ -448,7 +449,7 @@ def test_weights_are_freed_as_soon_as_they_are_packed(
         alive_at_most = max(alive_at_most, sum(reference() is not None for reference in weights))
         return weight
 
-    monkeypatch.setattr(blockwise, "dense_weight", watching)
+    monkeypatch.setattr(linears, "dense_weight", watching)
     gc.disable()
     try:
         signbit.quantize(tiny_dir("llama"), tmp_path / "out", recipe(text_file), device="cpu")

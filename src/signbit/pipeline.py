@@ -1,28 +1,31 @@
 """Quantizing a model: from MODEL to a checkpoint.
 
-What can be refused is refused first; then blockwise.py does the work, into the journal; then checkpoint.py puts the
-finished blocks together and publishes the result in one step.
+What can be refused is refused first; then blockwise/ does the work, into the journal; then checkpoint.py puts the
+finished blocks together and publishes the result in one step. Several processes work together; the first does what is
+done once.
 """
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from signbit import checkpoint
-from signbit.blockwise import BlockwiseRun
+from signbit.blockwise.job import Job
+from signbit.blockwise.run import BlockwiseRun
 from signbit.calibration.text import text_fingerprint
-from signbit.device import choose_device
 from signbit.errors import SignbitError
 from signbit.journal import Journal, describe_difference, run_failed
+from signbit.processes import Processes
 from signbit.progress import Progress, Silent
 from signbit.recipe import Recipe
 from signbit.report.beside import write_checkpoint_page
 from signbit.report.quantization import QuantizationReport
-from signbit.source import Source, open_source, remove_workspaces, resolve
+from signbit.source import open_source, remove_workspaces, resolve
 from signbit.timing import Stopwatch
 from signbit.version import __version__
 
@@ -42,10 +45,10 @@ def quantize(
 
     model: a hub id, a directory, a .gguf file or ``demo``. recipe: a :class:`Recipe`, a mapping of its keys, a
     preset's name or a YAML file. resume: go on with an interrupted run of the same arguments. overwrite: replace
-    ``out``, or what is left of an interrupted run. Returns the report, timings included. Raises SignbitError for
-    whatever the caller can put right.
+    ``out``, or what is left of an interrupted run. Started by torchrun or another launcher, the processes share the
+    work. Returns the report, timings included. Raises SignbitError for whatever the caller can put right.
     """
-    model, out, chosen = str(model), target_of(out), choose_device(device)
+    model, out, processes = str(model), target_of(out), Processes(device)
     if not isinstance(recipe, Recipe):
         recipe = Recipe(recipe) if isinstance(recipe, dict) else Recipe.load(str(recipe))
     if recipe.training is not None:
@@ -69,13 +72,14 @@ def quantize(
     source_path = resolve(model).resolve()
     if any(source_path.is_relative_to(path) for path in (out, journal.directory)):
         raise SignbitError(f"the model lies in {out}, which is to be written: choose another directory")
-    checkpoint.check_target(out, journal, resume=resume, overwrite=overwrite)
+    processes.first(lambda: checkpoint.check_target(out, journal, resume=resume, overwrite=overwrite))
+    shown = (progress or Silent()) if processes.is_first else Silent()
     try:
-        with journal.locked():
-            remove_workspaces(out)
+        with journal.locked() if processes.is_first else nullcontext():
+            processes.first(lambda: remove_workspaces(out))
             opened = open_source(model, trust_remote_code=trust_remote_code, beside=out)
             with closing(opened) as source:
-                return _quantize(source, recipe, out, journal, chosen, resume, overwrite, progress or Silent())
+                return _quantize(Job(source, recipe, journal, processes, shown), out, resume, overwrite)
     except OSError as error:
         raise run_failed(journal.directory, error, "--resume goes on from what is finished") from error
 
@@ -87,43 +91,49 @@ def target_of(out: str | Path) -> Path:
     return Path(out).expanduser().resolve()
 
 
-def _quantize(
-    source: Source,
-    recipe: Recipe,
-    out: Path,
-    journal: Journal,
-    device: torch.device,
-    resume: bool,
-    overwrite: bool,
-    progress: Progress,
-) -> QuantizationReport:
+def _quantize(job: Job, out: Path, resume: bool, overwrite: bool) -> QuantizationReport:
+    common, journal, processes = job.recipe.common, job.journal, job.processes
     identity = {
-        "recipe": recipe.to_dict(),
-        "fingerprint": source.fingerprint,
-        "text": text_fingerprint(str(recipe.common.calib)) if recipe.common.samples else None,
-        "device": device.type,
+        "recipe": job.recipe.to_dict(),
+        "fingerprint": job.source.fingerprint,
+        "text": text_fingerprint(str(common.calib)) if common.samples else None,
+        "device": job.device.type,
         "signbit": __version__,
     }
-    if resume and out.exists() and not overwrite:
+
+    def finished() -> QuantizationReport | None:
+        if not (resume and out.exists() and not overwrite):
+            return None
         report = already_finished(out, identity)
         journal.discard()
         return report
-    resuming = resume and journal.exists
-    if resuming:
-        journal.check(identity)
-        progress.note(f"resuming from {journal.directory}")
-    with Stopwatch().running() as stopwatch:
-        run = BlockwiseRun(source, recipe, journal, device, progress)
-        run.check(resuming=resuming)
-        if not resuming:
-            journal.start(identity)
-        with stopwatch.phase("other"), torch.no_grad():
-            report = run.execute()
+
+    def begin() -> bool:
+        resuming = resume and journal.exists
+        if resuming:
+            journal.check(identity)
+            job.progress.note(f"resuming from {journal.directory}")
+        return resuming
+
+    def publish(report: QuantizationReport, run: BlockwiseRun) -> None:
         checkpoint.assemble(
-            source, recipe, journal, report, run.outer_specs, run.outer_modules, run.storage, len(run.blocks)
+            job.source, job.recipe, journal, report, run.outer.specs, run.outer.modules, job.storage, len(job.blocks)
         )
         write_checkpoint_page(journal.staging)
-    checkpoint.publish(journal, out)
+        checkpoint.publish(journal, out)
+
+    report = processes.first(finished)
+    if report is not None:
+        return report
+    with Stopwatch().running() as stopwatch:
+        resuming = processes.first(begin)
+        run = BlockwiseRun(job)
+        run.check(resuming=resuming)
+        if not resuming:
+            processes.first(lambda: journal.start(identity))
+        with stopwatch.phase("other"), torch.no_grad():
+            report = run.execute()
+        processes.first(partial(publish, report, run))
     report.seconds = dict(stopwatch.seconds)
     return report
 

@@ -85,13 +85,6 @@ class Source:
             raise SignbitError(f"{name} of {self.name} contains NaN or infinite weights: the checkpoint is damaged")
         return tensor
 
-    def materialize(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
-        """Load all parameters of ``module``, which stands at ``prefix``, in place."""
-        for name, _ in list(module.named_parameters()):
-            tensor = self.tensor(f"{prefix}.{name}" if prefix else name)
-            # A copy, so that the mapping of the file is dropped.
-            set_parameter(module, name, tensor.to(device=device, dtype=dtype, copy=True))
-
     def close(self) -> None:
         if self._workspace is not None:
             shutil.rmtree(self._workspace, ignore_errors=True)

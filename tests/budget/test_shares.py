@@ -12,7 +12,7 @@ import torch
 import signbit
 from signbit import Recipe, SignbitError
 from signbit.budget.options import BudgetOptions
-from signbit.budget.shares import share_out
+from signbit.budget.shares import Candidates, share_out
 from signbit.methods import METHODS
 from signbit.methods.options import LinearSurvey
 from signbit.methods.sign_factors import SignFactorsOptions
@@ -50,8 +50,9 @@ def test_linears_that_predictions_depend_on_get_more() -> None:
     linear = LinearSurvey(weight, 2 * x.T @ x / len(x))
     method = METHODS["sign-factors"]
     budget = BudgetOptions(bits=3.0, values=(2.0, 3.0, 4.0))
-    options = SignFactorsOptions(iterations=5)
-    found = share_out([("a", linear), ("b", linear)], {"a": 10.0, "b": 0.1}, method, options, budget, 0.01)
+    candidates = Candidates(method, SignFactorsOptions(iterations=5), budget, damping=0.01)
+    tried = candidates.try_on(linear)
+    found = share_out({"a": tried, "b": tried}, {"a": 10.0, "b": 0.1}, candidates)
     a, b = (found[name].model_dump() for name in "ab")
     assert a["bits"] > b["bits"] and a["iterations"] == 5
 
@@ -74,7 +75,7 @@ def test_an_interrupted_run_keeps_its_choices(tiny_dir: MakeDir, text_file: Path
         with pytest.raises(StoppedError):
             signbit.quantize(model, tmp_path / "out", recipe(text_file, "bits"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("signbit.blockwise.share_out", None)
+        patch.setattr("signbit.blockwise.allocate.share_out", None)
         signbit.quantize(model, tmp_path / "out", recipe(text_file, "bits"), resume=True)
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "out")]
     assert files[0].read_bytes() == files[1].read_bytes()

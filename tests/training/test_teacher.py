@@ -12,12 +12,12 @@ from signbit import SignbitError
 from signbit.architectures import find_blocks
 from signbit.journal import Journal
 from signbit.precision import autocast
+from signbit.processes import Processes
 from signbit.progress import Silent
 from signbit.recipe import Recipe
 from signbit.training import teacher as teaching
 from signbit.training.arguments import Run
 from signbit.training.options import TrainingOptions
-from signbit.training.processes import Processes
 from signbit.training.run import _teacher
 from signbit.training.states import Head, States, StatesOf
 from signbit.training.teacher import Cache, Teacher

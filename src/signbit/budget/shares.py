@@ -12,7 +12,8 @@ chosen together (knapsack.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -23,24 +24,46 @@ from signbit.errors import SignbitError
 from signbit.methods.options import LinearSurvey, Method, MethodOptions
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What became of one linear with each value: the bits that it stores, and its relative output error."""
+
+    weights: int
+    bits: list[float]
+    errors: list[float]
+
+
+class Candidates:
+    """The options that one linear may get, one for each value of the budget, and what each makes of it."""
+
+    def __init__(self, method: Method, options: MethodOptions, budget: BudgetOptions, damping: float) -> None:
+        self.budget = budget
+        self.options = [_changed(options, {budget.vary: value}) for value in budget.values]
+        self._probes = [_changed(one, budget.probe) for one in self.options]
+        self._method, self._damping = method, damping
+
+    def try_on(self, linear: LinearSurvey) -> Tried:
+        tried = [self._try(linear, probe) for probe in self._probes]
+        return Tried(linear.weight.numel(), [bits for bits, _ in tried], [error for _, error in tried])
+
+    def _try(self, linear: LinearSurvey, options: MethodOptions) -> tuple[float, float]:
+        hessian = linear.hessian
+        factor = None if hessian is None else factorize(hessian, self._damping)
+        packed = self._method.quantize(linear.weight, factor, options)
+        difference = linear.weight - packed.dequantize()
+        against = torch.eye(linear.weight.shape[1], device=difference.device) if hessian is None else hessian
+        power = quadratic(linear.weight, against)
+        return 8 * sum(packed.items().values()), quadratic(difference, against) / power if power else 0.0
+
+
 def share_out(
-    linears: Iterable[tuple[str, LinearSurvey]],
-    sensitivities: Mapping[str, float],
-    method: Method,
-    options: MethodOptions,
-    budget: BudgetOptions,
-    damping: float,
+    tried: Mapping[str, Tried], sensitivities: Mapping[str, float], candidates: Candidates
 ) -> dict[str, MethodOptions]:
-    """The options of each linear. linears: (name, what is known of it), one at a time, with their Hessians."""
-    candidates = [_changed(options, {budget.vary: value}) for value in budget.values]
-    probes = [_changed(one, budget.probe) for one in candidates]
-    names, costs, losses, weights = [], [], [], 0
-    for name, linear in linears:
-        tried = [_try(name, linear, method, probe, damping) for probe in probes]
-        names.append(name)
-        costs.append([bits for bits, _ in tried])
-        losses.append([sensitivities[name] * error for _, error in tried])
-        weights += linear.weight.numel()
+    """The options of each linear, which is tried with ``candidates``."""
+    budget = candidates.budget
+    costs = [one.bits for one in tried.values()]
+    losses = [[sensitivities[name] * error for error in one.errors] for name, one in tried.items()]
+    weights = sum(one.weights for one in tried.values())
     try:
         chosen = choose(costs, losses, budget.bits * weights)
     except SignbitError as error:
@@ -49,7 +72,7 @@ def share_out(
             f"budget.bits {budget.bits:g} is less than the {least:.3f} bits a weight that the smallest of "
             f"budget.values take: give smaller values of {budget.vary}, or more bits"
         ) from error
-    return {name: candidates[k] for name, k in zip(names, chosen, strict=True)}
+    return {name: candidates.options[k] for name, k in zip(tried, chosen, strict=True)}
 
 
 def _changed(options: MethodOptions, changes: dict[str, object]) -> MethodOptions:
@@ -61,16 +84,3 @@ def _changed(options: MethodOptions, changes: dict[str, object]) -> MethodOption
         return type(options)(**{**options.model_dump(), **changes})
     except ValueError as error:
         raise SignbitError(f"budget: {changes} cannot be set: {' '.join(str(error).split())}") from error
-
-
-def _try(
-    name: str, linear: LinearSurvey, method: Method, options: MethodOptions, damping: float
-) -> tuple[float, float]:
-    """Bits stored, and relative output error."""
-    hessian = linear.hessian
-    factor = None if hessian is None else factorize(hessian, damping)
-    packed = method.quantize(linear.weight, factor, options)
-    difference = linear.weight - packed.dequantize()
-    against = torch.eye(linear.weight.shape[1], device=difference.device) if hessian is None else hessian
-    power = quadratic(linear.weight, against)
-    return 8 * sum(packed.items().values()), quadratic(difference, against) / power if power else 0.0

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from signbit.architectures import dense_shape
 from signbit.calibration.hessian import HessianAccumulator
 from signbit.errors import SignbitError
 from signbit.finite import all_finite
 from signbit.precision import fast_float32
+from signbit.processes import Processes
 from signbit.timing import phase
 
 
@@ -160,6 +162,18 @@ class HessianCapture:
             if name != leader:
                 group.append(name)
         return list(groups.values())
+
+    def agree(self, processes: Processes) -> None:
+        """Know of all linears that any process has seen an input of: the same leaders everywhere, with sums of zero
+        where this process has seen none."""
+        if processes.count == 1:
+            return
+        for told in processes.tell(self.leader):
+            self.leader |= told
+        for name, linear in self._linears.items():
+            if self.leader.get(name) == name and name not in self.hessians:
+                self.hessians[name] = HessianAccumulator(dense_shape(linear)[1], processes.device)
+        self.hessians = {name: self.hessians[name] for name in self._linears if name in self.hessians}
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:

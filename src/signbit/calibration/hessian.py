@@ -22,6 +22,7 @@ from torch import Tensor
 
 from signbit.errors import SignbitError
 from signbit.finite import all_finite
+from signbit.processes import Processes
 
 # Width of the column panels in which the lower triangle of H is accumulated: narrow enough to skip most of the upper
 # triangle, wide enough for the matrix products to run at full speed.
@@ -47,6 +48,13 @@ class HessianAccumulator:
             self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
         self._sum += x.sum(0)
         self.tokens += x.shape[0]
+
+    def collect(self, processes: Processes, owner: int | None = None) -> None:
+        """Add up what all processes have seen, in ``owner`` or in all; the others' sums are worthless then."""
+        tokens = torch.tensor(self.tokens, device=self._sum.device)
+        for sums in (self._lower, self._sum, tokens):
+            processes.add(sums, owner)
+        self.tokens = int(tokens)
 
     def mean(self) -> Tensor:
         """The mean input [in]."""

@@ -12,9 +12,9 @@ from signbit.cli import options as shared
 from signbit.errors import SignbitError
 from signbit.frontier import recipe_for
 from signbit.pipeline import quantize
+from signbit.processes import is_first_process
 from signbit.recipe import Recipe, parse_overrides, presets
 from signbit.report.quantization import QuantizationReport
-from signbit.training.processes import is_first_process
 from signbit.training.run import export_snapshot, train
 
 

@@ -14,6 +14,7 @@ from signbit import checkpoint
 from signbit.calibration.text import text_fingerprint
 from signbit.errors import SignbitError
 from signbit.journal import Journal
+from signbit.processes import Processes
 from signbit.progress import Progress
 from signbit.recipe import Recipe
 from signbit.report.quantization import QuantizationReport
@@ -21,7 +22,6 @@ from signbit.safetensors_file import files_of
 from signbit.source import Source, open_source, resolve
 from signbit.training.loop import accumulation_of
 from signbit.training.options import TrainingOptions
-from signbit.training.processes import Processes
 from signbit.version import __version__
 
 

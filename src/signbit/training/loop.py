@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from signbit.errors import SignbitError
 from signbit.precision import autocast, fast_float32
+from signbit.processes import Processes
 from signbit.progress import Progress
 from signbit.training.data import Windows
 from signbit.training.losses import cross_entropies, distillation
 from signbit.training.options import TrainingOptions
-from signbit.training.processes import Processes, accumulating, drop_unused, local, spread_model, whole
 from signbit.training.record import Record
 from signbit.training.snapshot import Snapshot, write_snapshot
+from signbit.training.spread import accumulating, drop_unused, local, spread_model, whole
 from signbit.training.states import Head, States, StatesOf
 from signbit.training.teacher import Teacher
 

@@ -7,7 +7,7 @@
     finish     each latent matrix packed again, from the last snapshot, in the layout that it came from
 
 Everything is in ``OUT.partial`` until the finished checkpoint is renamed to ``OUT``, as when quantizing. With several
-processes the first does what is done once; the others wait for it.
+processes the first does what is done once; the others wait for it. All of them quantize.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from signbit.journal import Journal, run_failed
 from signbit.memory import return_free_memory
 from signbit.pipeline import already_finished, quantize, target_of
 from signbit.precision import autocast, uses_bfloat16
+from signbit.processes import Processes
 from signbit.progress import Progress, Silent
 from signbit.recipe import Recipe
 from signbit.report.beside import write_checkpoint_page
@@ -40,7 +41,6 @@ from signbit.training import data, record, student
 from signbit.training.arguments import Run, check, check_export, check_losses, from_start, identity_of
 from signbit.training.latent import LatentLinear
 from signbit.training.loop import Log, Loop, Trainable
-from signbit.training.processes import Processes
 from signbit.training.record import Record
 from signbit.training.snapshot import Snapshot
 from signbit.training.states import Head, States, StatesOf
@@ -153,20 +153,29 @@ def _export(run: Run, found: Snapshot, written: Journal, fingerprint: str) -> Qu
 
 def _train(run: Run, resume: bool, overwrite: bool) -> Trained:
     processes, journal = run.processes, run.journal
-    finished = processes.first(lambda: _prepare(run, resume, overwrite))
-    if processes.is_first and finished is not None:
+    finished = processes.first(lambda: _begin(run, resume, overwrite))
+    if finished is not None:
         return finished
-    if run.out.exists() and not journal.exists:  # it was finished
-        return _read(run.out)
+    if run.options.start is None:
+        quantize(
+            run.model,
+            journal.start_directory,
+            run.recipe.without_training(),
+            device=processes.device.type,
+            resume=True,
+            trust_remote_code=run.trust_remote_code,
+            progress=run.progress,
+        )
+    processes.first(lambda: _write_text(run))
     with _last_snapshot(journal) as found:
         if found is None or found.record.steps < run.options.steps:
             _learn(run, found)
             return_free_memory()
-    return processes.first(lambda: _finish(run)) or _read(run.out)
+    return processes.first(lambda: _finish(run))
 
 
-def _prepare(run: Run, resume: bool, overwrite: bool) -> Trained | None:
-    """Everything up to the start and the text, by the first process; what there is if nothing is left to be done."""
+def _begin(run: Run, resume: bool, overwrite: bool) -> Trained | None:
+    """The journal, and the text that is read, by the first process; what there is if nothing is left to be done."""
     journal = run.journal
     remove_workspaces(run.out)
     with run.source() as source:
@@ -186,20 +195,14 @@ def _prepare(run: Run, resume: bool, overwrite: bool) -> Trained | None:
             data.store_text(
                 journal.directory, str(run.recipe.common.calib), source.tokenizer, source.config, run.recipe
             )
-    if run.options.start is None:
-        quantize(
-            run.model,
-            journal.start_directory,
-            run.recipe.without_training(),
-            device=run.processes.device.type,
-            resume=True,
-            trust_remote_code=run.trust_remote_code,
-            progress=run.progress,
-        )
-    if not (journal.directory / data.FILE).exists():
-        writer, _ = open_model(run.model, device=run.processes.device.type, trust_remote_code=run.trust_remote_code)
-        data.write_text(journal.directory, writer, run.recipe, run.progress)
     return None
+
+
+def _write_text(run: Run) -> None:
+    """The text that the model writes, by the first process, if none was read."""
+    if not (run.journal.directory / data.FILE).exists():
+        writer, _ = open_model(run.model, device=run.processes.device.type, trust_remote_code=run.trust_remote_code)
+        data.write_text(run.journal.directory, writer, run.recipe, run.progress)
 
 
 def _learn(run: Run, found: Snapshot | None) -> None:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from signbit.errors import SignbitError
+from signbit.processes import Processes
 from signbit.safetensors_file import StoredTensor, file_order, read_header, read_tensor, write_tensors
-from signbit.training.processes import Processes, cut_like, whole
 from signbit.training.record import Record
+from signbit.training.spread import cut_like, whole
 
 FILE = "snapshot.safetensors"
 _STATE = ("exp_avg", "exp_avg_sq", "step")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from signbit import checkpoint
 from signbit.architectures import dense_weight, replace_module
-from signbit.blockwise import layer_errors
+from signbit.blockwise.linears import layer_errors
 from signbit.errors import SignbitError
 from signbit.layouts import Layout
 from signbit.modules import QuantizedLinear

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from signbit.architectures import replace_module
 from signbit.errors import SignbitError
 from signbit.modules import QuantizedLinear
 from signbit.precision import autocast, fast_float32
+from signbit.processes import Processes
 from signbit.training.latent import LatentLinear, latent_of
 from signbit.training.options import TrainingOptions
 from signbit.tuning.options import TuneOptions
@@ -42,11 +44,21 @@ Forward = Callable[[int, Tensor], Tensor]
 _TINY = 1e-12
 
 
+@dataclass(frozen=True)
+class Step:
+    """One batch, as far as this process has it: at: where its part is among this process's, None if it has none;
+    share: how much of the batch that is."""
+
+    at: int | None
+    share: float
+
+
 class BlockTuner:
     """Tunes one block whose linears ``packed`` are :class:`QuantizedLinear`; leaves it with the better matrices.
 
-    inputs, targets: one [batch, sequence, width] tensor a batch. weights: the original ones, float32, by the name of a
-    linear in the block. storage: the dtype that norms are stored in.
+    inputs, targets: one [batch, sequence, width] tensor for each batch of which this process has any. steps: all
+    batches. weights: the original ones, float32, by the name of a linear in the block. storage: the dtype that norms
+    are stored in. processes: who works on each batch together; their gradients add up to the whole batch's.
     """
 
     def __init__(
@@ -55,14 +67,16 @@ class BlockTuner:
         forward: Forward,
         inputs: list[Tensor],
         targets: list[Tensor],
+        steps: list[Step],
         weights: dict[str, Tensor],
         options: TuneOptions,
         storage: torch.dtype,
+        processes: Processes,
     ) -> None:
         self.block, self.forward, self.options, self.storage = block, forward, options, storage
         self.weights = weights
-        self.inputs, self.targets = inputs, targets
-        self.autocast = autocast(options.precision, inputs[0].device)
+        self.inputs, self.targets, self.steps, self.processes = inputs, targets, steps, processes
+        self.autocast = autocast(options.precision, processes.device)
         self.linears = {name: one for name, one in block.named_modules() if isinstance(one, QuantizedLinear)}
 
     def tune(self, seed: int) -> tuple[float, float]:
@@ -120,15 +134,18 @@ class BlockTuner:
         groups = [{"params": signs, "peak": options.lr}, {"params": others, "peak": options.scale_lr}]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=options.lr, fused=True)
         order = torch.Generator().manual_seed(seed)
-        steps, step = options.epochs * len(self.inputs), 0
+        steps, step = options.epochs * len(self.steps), 0
         for _ in range(options.epochs):
-            for i in torch.randperm(len(self.inputs), generator=order).tolist():
+            for i in torch.randperm(len(self.steps), generator=order).tolist():
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / steps))
                 optimizer.zero_grad()
-                with self.autocast:
-                    found = self.forward(i, self.inputs[i])
-                relative_error(found, self.targets[i]).backward()
+                at = self.steps[i].at
+                if at is not None:
+                    with self.autocast:
+                        found = self.forward(at, self.inputs[at])
+                    (relative_error(found, self.targets[at]) * self.steps[i].share).backward()
+                self.processes.add_gradients([*signs, *others])
                 if options.max_grad_norm:
                     nn.utils.clip_grad_norm_([*signs, *others], options.max_grad_norm)
                 optimizer.step()
@@ -136,10 +153,14 @@ class BlockTuner:
 
     @torch.no_grad()
     def _loss(self) -> float:
-        losses = [
-            float(relative_error(self.forward(i, hidden), self.targets[i])) for i, hidden in enumerate(self.inputs)
-        ]
-        return sum(losses) / len(losses)
+        """The mean over all batches."""
+        total = sum(float(self._error(step.at)) * step.share for step in self.steps if step.at is not None)
+        whole = torch.tensor(total, dtype=torch.float64, device=self.processes.device)
+        self.processes.add(whole)
+        return float(whole) / len(self.steps)
+
+    def _error(self, at: int) -> Tensor:
+        return relative_error(self.forward(at, self.inputs[at]), self.targets[at])
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:

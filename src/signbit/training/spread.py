@@ -1,9 +1,8 @@
-"""One training on several processes: who is who, what they agree on, and how the model is spread over them.
+"""One training on several processes: how the model is spread over them (processes.py has who they are).
 
-Accelerate's PartialState opens the process group: it knows the launchers, picks NCCL or gloo and gives each process its
-device. The rest is torch's own: DDP, where every process holds all that is trained and gradients are averaged, and
-FSDP2 (``sharding: full``), where latent weights, gradients and moments are cut over the processes and a block's are put
-together only while it runs. What is frozen, and the teacher, is whole in each process either way.
+Torch's own DDP, where every process holds all that is trained and gradients are averaged, and FSDP2 (``sharding:
+full``), where latent weights, gradients and moments are cut over the processes and a block's are put together only
+while it runs. What is frozen, and the teacher, is whole in each process either way.
 
 FSDP2 sums a block's gradients in one go, those that there are: with experts, which see other tokens in each process,
 these are not the same everywhere. So there every trained parameter of a block that runs has a gradient, if need be
@@ -17,76 +16,17 @@ Trainer there would be left the loop, which is a page, and its global state, whi
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from signbit.device import choose_device
 from signbit.errors import SignbitError
+from signbit.processes import Processes
 from signbit.training.states import StatesOf
-
-T = TypeVar("T")
-
-# The first process may quantize for hours while the others wait for it.
-_PATIENCE = timedelta(days=7)
-
-
-def is_first_process() -> bool:
-    """Whether this is the one process that speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-class Processes:
-    """The processes of this run; one, unless a launcher such as torchrun started more."""
-
-    def __init__(self, device: str) -> None:
-        self.device = choose_device(device)
-        self.rank, self.count = 0, int(os.environ.get("WORLD_SIZE", "1"))
-        if self.count > 1:
-            state = PartialState(cpu=self.device.type == "cpu", timeout=_PATIENCE)
-            self.device, self.rank = state.device, state.process_index
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def first(self, work: Callable[[], T]) -> T | None:
-        """Do ``work`` on the first process, whose result this is, while the others wait and get None."""
-        if self.count == 1:
-            return work()
-        failed = torch.ones(1, device=self.device)
-        result = None
-        try:
-            if self.is_first:
-                result = work()
-                failed.zero_()
-        finally:
-            distributed.broadcast(failed, 0)
-        if failed.item():
-            raise SignbitError("stopped, as the first process was by an error that it names")
-        return result
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Of each process's ``values``."""
-        if self.count > 1:
-            distributed.all_reduce(values)
-            values = values / self.count
-        return values
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Each process's ``values`` [...], all of one shape, as [processes, ...]."""
-        if self.count == 1:
-            return values.unsqueeze(0)
-        gathered = [torch.empty_like(values) for _ in range(self.count)]
-        distributed.all_gather(gathered, values)
-        return torch.stack(gathered)
 
 
 def spread_model(model: StatesOf, processes: Processes, sharding: str) -> nn.Module:

@@ -1,0 +1,1 @@
+"""One quantization, block by block (run.py)."""
