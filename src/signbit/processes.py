@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 # The first process may write a text for hours while the others wait for it.
 _PATIENCE = timedelta(days=7)
-LEFT_ALONE = "stopped, as another process of this run has ended, which says why; --resume goes on from what is finished"
+LEFT_ALONE = "stopped, as another process of this run has ended; --resume goes on from what is finished"
 
 
 def is_first_process() -> bool:

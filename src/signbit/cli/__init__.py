@@ -6,7 +6,10 @@ done; 2 bad usage or bad input, with one line that says what and what to do; 1 a
 
 from __future__ import annotations
 
+import os
+import signal
 import traceback
+from typing import Any
 
 import click
 import huggingface_hub
@@ -23,6 +26,7 @@ from signbit.cli.methods import methods_command
 from signbit.cli.quantize import quantize_command, train_command
 from signbit.cli.serve import serve_command
 from signbit.errors import SignbitError
+from signbit.processes import LEFT_ALONE, is_one_of_several
 from signbit.version import __version__
 
 
@@ -57,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
+    if is_one_of_several():
+        signal.signal(signal.SIGTERM, _leave)
     try:
         result = app.main(arguments, prog_name="signbit", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -76,11 +82,19 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail("internal error; please report it with the lines above", 1)
 
 
+def _leave(*_: Any) -> None:
+    """A launcher ends the processes that are left when one has died. At once, whatever this one is at: what is on disk
+    is whole at any time."""
+    os._exit(_fail(LEFT_ALONE, 128 + signal.SIGTERM))
+
+
 def _name(error: click.UsageError) -> str:
     name = error.ctx.info_name if error.ctx is not None and error.ctx.parent is not None else None
     return f"{name} " if name else ""
 
 
 def _fail(message: str, status: int) -> int:
+    if is_one_of_several():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one line is enough
     click.echo(f"signbit: {' '.join(message.split())}", err=True)
     return status

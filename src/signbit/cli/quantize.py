@@ -45,13 +45,17 @@ def _run_options(command: Any) -> Any:
 def quantize_command(
     model: str, out: Path, recipe: str | None, overrides: tuple[str, ...], bits: float | None, **options: Any
 ) -> None:
-    """Quantize MODEL and write a checkpoint. The default recipe is billm."""
+    """Quantize MODEL and write a checkpoint. The default recipe is billm.
+
+    Several processes: torchrun --nproc-per-node N -m signbit quantize ...
+    """
     given = {**parse_overrides(overrides), **_shortcuts(options)}
     if bits is not None and recipe is not None:
         raise SignbitError("--bits chooses the recipe: leave out --recipe, or give it its bits by --set bits=B")
     chosen = Recipe.load(recipe or "billm", given) if bits is None else recipe_for(bits, given)
     report = quantize(model, out, chosen, progress=console.ConsoleProgress(), **options)
-    _print_report(report, out)
+    if is_first_process():
+        _print_report(report, out)
 
 
 @click.command("train")
