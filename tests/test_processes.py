@@ -102,9 +102,9 @@ def stop_after_writing(journal: Journal, index: int, block: FinishedBlock) -> No
 def made(tiny_dir: MakeDir, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
     """The checkpoint of each case as one process makes it, and as two do: all of them in one start, which is slow."""
     folder = tmp_path_factory.mktemp("cases")
-    cases = []
+    cases: list[dict[str, Any]] = []
     for name, (family, keys, _) in CASES.items():
-        recipe = {**SMALL_RECIPE, "calib": str(text_file), **keys}
+        recipe: dict[str, Any] = {**SMALL_RECIPE, "calib": str(text_file), **keys}
         if not recipe["group_size"]:
             del recipe["group_size"]
         cases.append({"model": str(tiny_dir(family)), "out": str(folder / f"{name} 2"), "recipe": recipe})
@@ -204,7 +204,7 @@ def test_the_processes_shares_of_a_batch_are_the_batch(samples: int, size: int, 
     shared = [share_steps(tokens, size, rank, count) for rank in range(count)]
     for i, batch in enumerate(tokens.split(size)):
         assert sum(steps[i].share for _, steps in shared) == pytest.approx(1)
-        parts = [batches[steps[i].at] for batches, steps in shared if steps[i].at is not None]
+        parts = [batches[at] for batches, steps in shared if (at := steps[i].at) is not None]
         assert torch.equal(torch.cat(parts).sort(0).values, batch)
     lengths = [sum(map(len, batches)) for batches, _ in shared]
     assert max(lengths) - min(lengths) <= 1

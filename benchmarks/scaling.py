@@ -1,10 +1,12 @@
-"""Memory and time of quantizing against the depth of the model: the peak must not grow, the time per weight neither.
+"""Memory and time of quantizing against the size of the model: the peak must not grow with depth, nor the time per weight.
 
-    python benchmarks/depth.py [--layers 20 40] [--hidden 2048] [--intermediate 5632] [--recipe billm] [--folder DIR]
+    python benchmarks/scaling.py [--models 20x2048x5632 40x2048x5632] [--recipe billm] [--samples 8] [--seqlen 256]
+        [--folder DIR]
 
-Writes random Llama-shaped models (bfloat16, sharded) to disk, quantizes each in a process of its own and prints its
-weights, peak resident memory, and seconds per billion weights; the last column is the peak's ratio to the first row's.
-The default models have 1.0 and 2.1 billion weights to quantize. RECIPE is a preset or a YAML file.
+A model is LAYERSxHIDDENxINTERMEDIATE. Writes random Llama-shaped models (bfloat16, sharded) to disk, one at a time,
+quantizes each in a process of its own and prints its weights, peak resident memory, and processor seconds per billion
+weights (with OMP_NUM_THREADS=1 they are what an idle machine takes); ratios are to the first row. RECIPE is a preset or
+a YAML file. The default models have 1.0 and 2.1 billion weights to quantize.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -73,44 +74,49 @@ def write_model(folder: Path, layers: int, hidden: int, intermediate: int) -> in
     return layers * sum(rows * columns for rows, columns in shapes.values())
 
 
-def quantize(model: Path, out: Path, text: Path, recipe: str) -> tuple[float, float]:
-    """(seconds, peak resident GiB) of ``signbit quantize`` in a process of its own."""
-    command = [sys.executable, "-m", "signbit", "quantize", str(model), "--out", str(out), "--recipe", recipe]
-    command += ["--calib", str(text), "--samples", "8", "--seqlen", "256"]
+def quantize(model: Path, out: Path, text: Path, arguments: argparse.Namespace) -> tuple[float, float]:
+    """(processor seconds, peak resident GiB) of ``signbit quantize`` in a process of its own."""
+    command = [sys.executable, "-m", "signbit", "quantize", str(model), "--out", str(out), "--device", "cpu"]
+    command += ["--recipe", arguments.recipe, "--calib", str(text)]
+    command += ["--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen)]
     script = (
         "import resource, subprocess, sys\n"
         "status = subprocess.call(sys.argv[1:])\n"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(used.ru_utime + used.ru_stime, used.ru_maxrss)\n"
         "sys.exit(status)"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script, *command], stdout=subprocess.PIPE, check=True, text=True)
-    return time.perf_counter() - started, int(done.stdout.split()[-1]) / 2**20
+    seconds, peak = done.stdout.split()[-2:]
+    return float(seconds), int(peak) / 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[20, 40])
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=5632)
+    parser.add_argument("--models", nargs="+", default=["20x2048x5632", "40x2048x5632"])
     parser.add_argument("--recipe", default="billm")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--folder", type=Path, help="where the models are written; a temporary folder by default")
     arguments = parser.parse_args()
-    print("| layers | weights (billions) | peak GiB | s per billion weights | peak / first |")
-    print("|---|---|---|---|---|")
-    first = None
+    print("| model | weights (billions) | peak GiB | to first | CPU s per billion weights | to first |")
+    print("|---|---|---|---|---|---|", flush=True)
+    first: tuple[float, float] | None = None
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         text = folder / "text.txt"
         text.write_text(" ".join(f"w{i * i % VOCABULARY}" for i in range(20000)))
-        for layers in arguments.layers:
+        for shape in arguments.models:
             model, out = folder / "model", folder / "out"
             model.mkdir()
-            weights = write_model(model, layers, arguments.hidden, arguments.intermediate)
-            seconds, peak = quantize(model, out, text, arguments.recipe)
-            first = first or peak
-            cost = seconds / weights * 1e9
-            print(f"| {layers} | {weights / 1e9:.3f} | {peak:.2f} | {cost:.0f} | {peak / first:.3f} |", flush=True)
+            weights = write_model(model, *map(int, shape.split("x"))) / 1e9
+            seconds, peak = quantize(model, out, text, arguments)
+            first = first or (peak, seconds / weights)
+            ratios = peak / first[0], seconds / weights / first[1]
+            print(
+                f"| {shape} | {weights:.3f} | {peak:.2f} | {ratios[0]:.2f} | {seconds / weights:.0f} | {ratios[1]:.2f} |",
+                flush=True,
+            )
             shutil.rmtree(model)
             shutil.rmtree(out)
 
