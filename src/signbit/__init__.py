@@ -6,6 +6,7 @@
     signbit.evaluate(model, ...)           perplexity, divergence from the original
     signbit.inspect(directory)             honest bits, itemised
     signbit.compare([model, ...], page)    all of this side by side, as one HTML page
+    signbit.sweep(grid, out)               every recipe with every model of a YAML file
     signbit.export(model, out, to=...)     a plain Hugging Face model, or a .gguf file
     signbit.set_activations(model, "int8") round activations to 8 bits, for speed
 
@@ -23,6 +24,7 @@ from signbit.modules import set_activations
 from signbit.pipeline import quantize
 from signbit.recipe import Recipe, presets
 from signbit.report.compare import compare
+from signbit.sweeping.run import sweep
 from signbit.training.run import export_snapshot, train
 from signbit.version import __version__
 
@@ -39,6 +41,7 @@ __all__ = [
     "presets",
     "quantize",
     "set_activations",
+    "sweep",
     "train",
 ]
 

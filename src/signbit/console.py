@@ -168,6 +168,16 @@ def export_tables(result: dict[str, Any]) -> list[Table]:
     return [written, reasons]
 
 
+def sweep_table(rows: list[dict[str, Any]]) -> Table:
+    """Trials, with their bits and what their perplexities are."""
+    texts = list(dict.fromkeys(key for row in rows for key in row if key.startswith("perplexity ")))
+    table = _table("model", "recipe", "seed", "bits/weight", *texts)
+    for row in rows:
+        numbers = [f"{row[text]:,.4g}" if text in row else "-" for text in texts]
+        table.add_row(row["model"], row["recipe"], str(row["seed"]), f"{row['bits_per_weight']:.3f}", *numbers)
+    return table
+
+
 def tasks_table(result: dict[str, Any]) -> Table:
     """Each task's metrics with their standard errors, then the averages of named groups."""
     table = _table(f"lm-evaluation-harness {result['harness']}", "rows", "metric", "value", "standard error")

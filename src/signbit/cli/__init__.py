@@ -25,6 +25,7 @@ from signbit.cli.inspect import inspect_command
 from signbit.cli.methods import methods_command
 from signbit.cli.quantize import quantize_command, train_command
 from signbit.cli.serve import serve_command
+from signbit.cli.sweep import sweep_command
 from signbit.errors import SignbitError
 from signbit.processes import LEFT_ALONE, is_one_of_several
 from signbit.version import __version__
@@ -49,6 +50,7 @@ for _command in (
     chat_command,
     serve_command,
     export_command,
+    sweep_command,
     bench_group,
     methods_command,
 ):
