@@ -48,8 +48,9 @@ class RayExecutor:
         self._ray: Any = ray
         self._jobs, self._gpus = jobs, gpus
         if not ray.is_initialized():
+            where = {"include_dashboard": False} if address == "here" else {"address": address}
             try:
-                ray.init(address=None if address == "here" else address, log_to_driver=False)
+                ray.init(log_to_driver=False, **where)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise SignbitError(f"no Ray cluster at {address!r}: {reason}") from error
