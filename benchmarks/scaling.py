@@ -1,4 +1,4 @@
-"""Memory and time of quantizing against the size of the model: the peak must not grow with depth, nor the time per weight.
+"""Memory and time of quantizing against a model's size: the peak must not grow with depth, nor the cost per weight.
 
     python benchmarks/scaling.py [--models 20x2048x5632 40x2048x5632] [--recipe billm] [--samples 8] [--seqlen 256]
         [--folder DIR]
@@ -74,6 +74,10 @@ def write_model(folder: Path, layers: int, hidden: int, intermediate: int) -> in
     return layers * sum(rows * columns for rows, columns in shapes.values())
 
 
+def random_text() -> str:
+    return " ".join(f"w{i * i % VOCABULARY}" for i in range(20000))
+
+
 def quantize(model: Path, out: Path, text: Path, arguments: argparse.Namespace) -> tuple[float, float]:
     """(processor seconds, peak resident GiB) of ``signbit quantize`` in a process of its own."""
     command = [sys.executable, "-m", "signbit", "quantize", str(model), "--out", str(out), "--device", "cpu"]
@@ -105,7 +109,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         text = folder / "text.txt"
-        text.write_text(" ".join(f"w{i * i % VOCABULARY}" for i in range(20000)))
+        text.write_text(random_text())
         for shape in arguments.models:
             model, out = folder / "model", folder / "out"
             model.mkdir()
@@ -113,10 +117,8 @@ def main() -> None:
             seconds, peak = quantize(model, out, text, arguments)
             first = first or (peak, seconds / weights)
             ratios = peak / first[0], seconds / weights / first[1]
-            print(
-                f"| {shape} | {weights:.3f} | {peak:.2f} | {ratios[0]:.2f} | {seconds / weights:.0f} | {ratios[1]:.2f} |",
-                flush=True,
-            )
+            cells = [shape, f"{weights:.3f}", f"{peak:.2f}", f"{ratios[0]:.2f}", f"{seconds / weights:.0f}"]
+            print(f"| {' | '.join(cells)} | {ratios[1]:.2f} |", flush=True)
             shutil.rmtree(model)
             shutil.rmtree(out)
 

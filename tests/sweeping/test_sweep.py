@@ -207,8 +207,9 @@ def test_a_sweep(tiny_dir: MakeDir, text_file: Path, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.slow
-def test_on_ray(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:
+def test_on_ray(tiny_dir: MakeDir, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="Ray, a quarter of a gigabyte, is not among the development packages")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # workers give way to everything else, so on a busy machine wait
     grid = write_grid(
         tmp_path,
         models=[str(tiny_dir("llama"))],
