@@ -2,8 +2,8 @@
 
     python benchmarks/processes.py [--model 6x256x704] [--processes 2] [--recipes billm stbllm] [--samples 8]
 
-A random model of LAYERSxHIDDENxINTERMEDIATE is written to disk. Each recipe is run on it once by one process and once by
-torchrun, on CPU, one thread a process. The table has the part of all weights that differ by more than a hundredth of
+A random model of LAYERSxHIDDENxINTERMEDIATE is written to disk. Each recipe is run on it once by one process and once
+by torchrun, on CPU, one thread a process. The table has the part of all weights that differ by more than a hundredth of
 their size, and the mean output error of the linears, of one process and of several. Sums in another order turn a sign
 now and then, and what comes after follows it.
 """

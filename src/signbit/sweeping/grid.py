@@ -104,7 +104,7 @@ def _trial(grid: Grid, model: str, entry: str | dict[str, Any], seed: int | None
     except SignbitError as error:
         raise SignbitError(f"recipes: {label or entry}: {error}") from error
     fields = recipe.for_model(model).to_dict()
-    fields["calib"] = _absolute(str(fields["calib"])) if fields["samples"] or recipe.training else fields["calib"]
+    fields["calib"] = _absolute(str(fields["calib"]))
     model = _absolute(model)
     words = [Path(model).name, label, *([] if seed is None else [f"seed {seed}"])]
     digest = hashlib.sha256(json.dumps([model, fields], sort_keys=True).encode()).hexdigest()[:8]
