@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
 
 from signbit.errors import SignbitError
+from signbit.source import first_line
 from signbit.sweeping.trial import Outcome, Trial, perform
 
 
@@ -53,8 +54,7 @@ class RayExecutor:
                 ray.init(log_to_driver=False, **where)
             except Exception as error:
                 # It has no class of its own for what may go wrong here, and raises plain ones.
-                reason = str(error).strip().splitlines()[0]
-                raise SignbitError(f"no Ray cluster at {address!r}: {reason}") from error
+                raise SignbitError(f"no Ray cluster at {address!r}: {first_line(error)}") from error
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
         waiting = list(reversed(trials))
@@ -71,5 +71,5 @@ class RayExecutor:
         try:
             outcome: Outcome = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:  # a node or a worker is lost
-            return Outcome(f"Ray: {str(error).strip().splitlines()[0]}")
+            return Outcome(f"Ray: {first_line(error)}")
         return outcome
