@@ -85,7 +85,7 @@ def main() -> None:
             )
             quantize(model, recipe, one, tokens_per_call=4096)
             quantize_together(model, name, several, arguments.samples, arguments.processes)
-            quantize(model, recipe, control, tokens_per_call=2 * SEQLEN)
+            quantize(model, recipe, control, tokens_per_call=3 * SEQLEN)
             errors = ", ".join(map(output_error, (one, several, control)))
             cells = [Path(name).stem, differences(one, several), differences(one, control), errors]
             print(f"| {' | '.join(cells)} |", flush=True)
