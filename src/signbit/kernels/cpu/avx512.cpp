@@ -27,7 +27,10 @@ struct Avx512 {
     static U without(U a, U b) { return _mm512_andnot_si512(b, a); }
     static U left(U a, int by) { return _mm512_sllv_epi32(a, _mm512_set1_epi32(by)); }
     static U right(U a, int by) { return _mm512_srlv_epi32(a, _mm512_set1_epi32(by)); }
-    static void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
+    // Always inlined: GCC takes a function that only fetches ahead for one without effects, and leaves calls of it out.
+    [[gnu::always_inline]] static void prefetch(const void* at) {
+        _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
+    }
 
     static void store(float* to, F value, int64_t count) {
         _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), value);
@@ -232,7 +235,9 @@ namespace avx512 {
 
 constexpr Isa with_dots() {
     Isa isa = isa_of<Avx512>("avx512", supported);
-    isa.sign_dots = sign_dots_rows;
+    isa.prepare[static_cast<int>(Form::digits)] = prepare_digits;
+    isa.sign_dots[0] = sign_dots_rows<kDigits[0]>;
+    isa.sign_dots[1] = sign_dots_rows<kDigits[1]>;
     isa.partial_dots[0] = partial_dots_rows<false>;
     isa.partial_dots[1] = partial_dots_rows<true>;
     return isa;

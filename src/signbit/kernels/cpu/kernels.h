@@ -6,6 +6,9 @@
 //   2. Isa::prepare      for every four columns the 16 sums that a nibble of bits can ask for (lookup.h)
 //   3. Matrix::rows      tile by tile of W's rows: look sums up, multiply them with the rows' coefficients, add
 //
+// One or two tokens may have another way, a Matrix of its own (Matrix::few): digits instead of sums, and dot products
+// instead of lookups (dots.h).
+//
 // Steps 2 and 3 are compiled once for each instruction set. A row of the result depends on its own row of W and on
 // nothing else, so how rows are shared out between threads changes no result.
 
@@ -13,6 +16,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 // Not ``signbit``: math.h has a function of that name.
@@ -55,8 +59,10 @@ struct Lookup {
     uint32_t mask;
 };
 
-// What step 2 makes of activations: tables to look sums up in, or the numbers themselves, for what multiplies by them.
-enum class Form : int32_t { tables, numbers };
+// What step 2 makes of activations: tables to look sums up in, the numbers themselves, for what multiplies by them, or
+// their digits, for dot products with bits.
+enum class Form : int32_t { tables, numbers, digits };
+constexpr int kForms = 3;
 
 // Bytes that the numbers of a word of columns take: 32 floats, and behind all floats of a token the integers of 8 bits
 // that they were rounded to (int8), which floats times steps are again.
@@ -66,7 +72,7 @@ constexpr int64_t kNumberBytes = 192;
 struct Activations {
     int64_t tokens, words, runs;
     const Run* run;
-    const char* tables;  // [tokens][words][Isa::table_bytes], or [tokens][words * kNumberBytes]
+    const char* tables;  // [tokens][words][Isa::table_bytes], [tokens][words * kNumberBytes], or digits (dots.h)
     const float* steps;  // [tokens][words]: what one unit of the tables is worth; 1 in exact mode
     const float* sums;   // [tokens][runs]: what a group's activations add up to
 };
@@ -77,6 +83,8 @@ constexpr int64_t kFewTokens = 2;
 // The most tokens that are multiplied at a time.
 constexpr int64_t kTokens = 16;
 
+using Prepare = void (*)(const float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* tables,
+                         float* steps, float* sums);
 using Rows = void (*)(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
                       int64_t stride);
 
@@ -85,16 +93,12 @@ struct Isa {
     bool (*supported)();
     int64_t tile;            // rows that are worked on together
     size_t table_bytes[2];   // of a word; exact, int8
-    // x [32 * words] floats -> tables, steps and sums of one token; int8 rounds x to 8 bits for every 128 columns.
-    void (*prepare)(const float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* tables, float* steps,
-                    float* sums);
-    // The same, but numbers.
-    void (*prepare_numbers)(const float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* numbers,
-                            float* steps, float* sums);
+    // x [32 * words] floats -> tables (or another form), steps and sums of one token; int8 rounds x to 8 bits for every
+    // 128 columns.
+    Prepare prepare[kForms];
     Rows sign_planes[2];     // exact, int8; each layout's rows [first, last): y[token * stride + row]
-    // Times few tokens, from numbers; null where lookups are as fast.
-    Rows sign_dots;          // in 8 bits
-    Rows partial_dots[2];
+    // Times few tokens; null where lookups are as fast.
+    Rows sign_dots[2], split_dots[2], haar_dots[2], structured_dots[2], partial_dots[2];
     Rows coded[2];
     Rows integers[2];
     Rows structured[2];
@@ -107,6 +111,8 @@ extern const Isa kAvx512, kAvx2, kNeon, kPortable;
 struct Matrix {
     int64_t n, m, words;
     std::vector<Run> runs;
+    // The same matrix as what does better for few tokens, where an instruction set has it; null if nothing does.
+    std::unique_ptr<const Matrix> few;
 
     Matrix(int64_t rows, int64_t columns, int64_t group_size)
         : n(rows), m(columns), words((columns + 31) / 32), runs(runs_of(columns, group_size)) {}
@@ -119,9 +125,8 @@ struct Matrix {
     // The words and runs of a kind, where it has others than the matrix; no kind has more words.
     virtual int64_t kind_words(int64_t) const { return words; }
     virtual const std::vector<Run>& kind_runs(int64_t) const { return runs; }
+    // Null if the instruction set has none, which it may for ``few`` only.
     virtual Rows rows(const Isa& isa, bool int8) const = 0;
-    // What does better than rows() for few tokens, from the numbers of the first kind; null if nothing does.
-    virtual Rows few(const Isa&, bool) const { return nullptr; }
     // The layout's own struct, as its rows function knows it.
     virtual const void* self() const = 0;
 };

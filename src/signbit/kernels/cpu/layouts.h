@@ -20,8 +20,8 @@ constexpr Isa isa_of(const char* name, bool (*supported)()) {
     isa.tile = Tile<I>::rows;
     isa.table_bytes[0] = I::template Sum<false>::table_bytes;
     isa.table_bytes[1] = I::template Sum<true>::table_bytes;
-    isa.prepare = prepare<I>;
-    isa.prepare_numbers = prepare_numbers;
+    isa.prepare[static_cast<int>(Form::tables)] = prepare<I>;
+    isa.prepare[static_cast<int>(Form::numbers)] = prepare_numbers;
     isa.sign_planes[0] = sign_planes_rows<I, false>;
     isa.sign_planes[1] = sign_planes_rows<I, true>;
     isa.coded[0] = coded_rows<I, false>;

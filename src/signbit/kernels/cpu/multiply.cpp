@@ -6,8 +6,8 @@
 #include <memory>
 #include <new>
 
+#include "dots.h"
 #include "floats.h"
-#include "kernels.h"
 #include "threads.h"
 
 namespace kernels {
@@ -59,76 +59,71 @@ struct Pieces {
     }
 };
 
-size_t bytes_of_word(const Isa& isa, Form form, bool int8) {
-    return form == Form::tables ? isa.table_bytes[int8] : static_cast<size_t>(kNumberBytes);
-}
-
-// The most of all kinds.
-size_t bytes_of_word(const Matrix& matrix, const Isa& isa, bool int8) {
-    size_t bytes = 0;
-    for (int64_t kind = 0; kind < matrix.kinds(); kind++) {
-        bytes = std::max(bytes, bytes_of_word(isa, matrix.form(kind), int8));
+// What one token's activations of a kind take.
+int64_t bytes_of(const Matrix& matrix, const Isa& isa, int64_t kind, bool int8) {
+    const int64_t words = matrix.kind_words(kind);
+    switch (matrix.form(kind)) {
+        case Form::tables: return words * static_cast<int64_t>(isa.table_bytes[int8]);
+        case Form::numbers: return words * kNumberBytes;
+        default: return (words + kChunkWords - 1) / kChunkWords * kChunkBytes[int8];
     }
-    return bytes;
 }
 
 // Everything a few tokens need besides the matrix.
 struct Work {
     float* x;         // [m], one token's activations
-    float* columns;   // [32 * words]
+    float* columns;   // [32 * words], one kind of them
     float* y;         // [tokens, n]
-    char* tables;     // [kinds][tokens][words][bytes of a word]
-    float* steps;     // [kinds][tokens][words]
-    float* sums;      // [kinds][tokens][runs]
-    int64_t most_runs = 0;
+    struct Kind {
+        char* tables;  // [tokens][bytes of the kind]
+        float* steps;  // [tokens][words]
+        float* sums;   // [tokens][runs]
+    };
+    std::vector<Kind> kinds;
 
-    Work(Pieces& pieces, const Matrix& matrix, size_t table_bytes, int64_t tokens) {
-        const int64_t sets = matrix.kinds() * tokens;
+    Work(Pieces& pieces, const Matrix& matrix, const Isa& isa, bool int8, int64_t tokens) {
+        int64_t most_words = 0;
         for (int64_t kind = 0; kind < matrix.kinds(); kind++) {
-            most_runs = std::max(most_runs, static_cast<int64_t>(matrix.kind_runs(kind).size()));
+            const int64_t words = matrix.kind_words(kind), runs = static_cast<int64_t>(matrix.kind_runs(kind).size());
+            most_words = std::max(most_words, words);
+            kinds.push_back({pieces.take<char>(tokens * bytes_of(matrix, isa, kind, int8)),
+                             pieces.take<float>(tokens * words), pieces.take<float>(tokens * runs)});
         }
         x = pieces.take<float>(matrix.m);
-        columns = pieces.take<float>(32 * matrix.words);
+        columns = pieces.take<float>(32 * most_words);
         y = pieces.take<float>(tokens * matrix.n);
-        tables = pieces.take<char>(sets * matrix.words * static_cast<int64_t>(table_bytes));
-        steps = pieces.take<float>(sets * matrix.words);
-        sums = pieces.take<float>(sets * most_runs);
     }
 };
 
 void multiply_few(const Matrix& matrix, const Isa& isa, const char* x, char* y, Scalar type, int64_t tokens, bool int8,
                   int threads) {
     static thread_local Workspace workspace;
-    const size_t table_bytes = bytes_of_word(matrix, isa, int8), width = size_of(type);
     Pieces measure;
-    Work(measure, matrix, table_bytes, tokens);
+    Work(measure, matrix, isa, int8, tokens);
     Pieces pieces{workspace.reserve(measure.used)};
-    Work work(pieces, matrix, table_bytes, tokens);
-    const Rows few = tokens <= kFewTokens ? matrix.few(isa, int8) : nullptr;
-    const int64_t kinds = few ? 1 : matrix.kinds();
+    const Work work(pieces, matrix, isa, int8, tokens);
+    const int64_t width = static_cast<int64_t>(size_of(type)), kinds = matrix.kinds();
 
     std::vector<Activations> activations;
     for (int64_t kind = 0; kind < kinds; kind++) {
-        const int64_t set = kind * tokens;
         const std::vector<Run>& runs = matrix.kind_runs(kind);
+        const Work::Kind& to = work.kinds[kind];
         activations.push_back({tokens, matrix.kind_words(kind), static_cast<int64_t>(runs.size()), runs.data(),
-                               work.tables + set * matrix.words * table_bytes, work.steps + set * matrix.words,
-                               work.sums + set * work.most_runs});
+                               to.tables, to.steps, to.sums});
     }
     for (int64_t token = 0; token < tokens; token++) {
         to_floats(x + token * matrix.m * width, type, matrix.m, work.x);
         for (int64_t kind = 0; kind < kinds; kind++) {
             const Activations& of = activations[kind];
+            const Work::Kind& to = work.kinds[kind];
             matrix.columns(kind, work.x, work.columns);
-            const Form form = few ? Form::numbers : matrix.form(kind);
-            const auto prepare = form == Form::tables ? isa.prepare : isa.prepare_numbers;
-            prepare(work.columns, of.words, of.run, of.runs, int8,
-                    const_cast<char*>(of.tables) + token * of.words * bytes_of_word(isa, form, int8),
-                    const_cast<float*>(of.steps) + token * of.words, const_cast<float*>(of.sums) + token * of.runs);
+            isa.prepare[static_cast<int>(matrix.form(kind))](
+                work.columns, of.words, of.run, of.runs, int8, to.tables + token * bytes_of(matrix, isa, kind, int8),
+                to.steps + token * of.words, to.sums + token * of.runs);
         }
     }
 
-    const Rows rows = few ? few : matrix.rows(isa, int8);
+    const Rows rows = matrix.rows(isa, int8);
     const int64_t step = rows_of_task(isa, matrix.n, threads), tasks = (matrix.n + step - 1) / step;
     parallel_for(tasks, threads, [&](int64_t task) {
         rows(matrix.self(), activations.data(), task * step, std::min((task + 1) * step, matrix.n), work.y, matrix.n);
@@ -159,13 +154,15 @@ void Matrix::columns(int64_t, const float* x, float* out) const {
 
 void multiply(const Matrix& matrix, const Isa& isa, const void* x, void* y, Scalar type, int64_t tokens, bool int8,
               int threads) {
-    const size_t width = size_of(type);
-    const int64_t per_token = matrix.kinds() * matrix.words * static_cast<int64_t>(bytes_of_word(matrix, isa, int8));
+    const bool few = tokens <= kFewTokens && matrix.few && matrix.few->rows(isa, int8);
+    const Matrix& w = few ? *matrix.few : matrix;
+    const int64_t width = static_cast<int64_t>(size_of(type));
+    int64_t per_token = 0;
+    for (int64_t kind = 0; kind < w.kinds(); kind++) per_token += bytes_of(w, isa, kind, int8);
     const int64_t most = std::clamp<int64_t>(kTableBytes / per_token, 1, kTokens);
     for (int64_t token = 0; token < tokens; token += most) {
-        multiply_few(matrix, isa, static_cast<const char*>(x) + token * matrix.m * width,
-                     static_cast<char*>(y) + token * matrix.n * width, type, std::min(most, tokens - token), int8,
-                     threads);
+        multiply_few(w, isa, static_cast<const char*>(x) + token * w.m * width,
+                     static_cast<char*>(y) + token * w.n * width, type, std::min(most, tokens - token), int8, threads);
     }
 }
 

@@ -13,7 +13,17 @@ struct PartialMatrix : Matrix {
     int64_t kinds() const override { return 2; }
     Form form(int64_t kind) const override { return kind ? Form::numbers : Form::tables; }
     Rows rows(const Isa& isa, bool int8) const override { return isa.partial[int8]; }
-    Rows few(const Isa& isa, bool int8) const override { return partial.regular() ? isa.partial_dots[int8] : nullptr; }
+    const void* self() const override { return &partial; }
+};
+
+struct PartialDotsMatrix : Matrix {
+    Partial partial;
+
+    PartialDotsMatrix(const PartialMatrix& from, int64_t group_size)
+        : Matrix(from.n, from.m, group_size), partial(from.partial) {}
+
+    Form form(int64_t) const override { return Form::numbers; }
+    Rows rows(const Isa& isa, bool int8) const override { return isa.partial_dots[int8]; }
     const void* self() const override { return &partial; }
 };
 
@@ -35,6 +45,7 @@ std::unique_ptr<Matrix> partial(int64_t n, int64_t m, int64_t group_size, const 
     to.ends = from.ends;
     to.code_scales = from.code_scales;
     to.code_offsets = from.code_offsets;
+    if (to.regular()) matrix->few = std::make_unique<PartialDotsMatrix>(*matrix, group_size);
     return matrix;
 }
 

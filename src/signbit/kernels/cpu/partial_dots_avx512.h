@@ -18,8 +18,8 @@
 
 #pragma once
 
+#include "dots_avx512.h"
 #include "partial.h"
-#include "sign_dots_avx512.h"
 
 namespace kernels {
 namespace avx512 {
@@ -46,7 +46,7 @@ inline void integers_of_planes(const BitPlanes& planes, int64_t byte, bool odd, 
         if (plane < 0 || plane >= planes.bits) continue;
         const uint8_t* bytes = planes.data + plane * planes.width + byte;
         p[i] = _mm512_permutexvar_epi16(order, _mm512_maskz_loadu_epi8(present, bytes));
-        Avx512::prefetch(bytes + kAheadBytes / 8);
+        Avx512::prefetch(bytes + 1024);
     }
     __m512i twos[8], fours[8];
 #pragma GCC unroll 4
@@ -311,7 +311,7 @@ inline __m512 means_product(const Coefficients& means, int64_t row, const float*
     __m512 product = _mm512_setzero_ps();
     for (int64_t group = 0; group < means.per_row; group += 16) {
         const __m512 mean = load_coefficients(means, row * means.per_row + group, means.per_row - group);
-        const __mmask16 there = Chunks::first_of_16(means.per_row - group);
+        const __mmask16 there = first_of_16(means.per_row - group);
         product = _mm512_fmadd_ps(mean, _mm512_maskz_loadu_ps(there, sums + group), product);
     }
     return product;

@@ -1,0 +1,241 @@
+// Rows of bits times digits of activations, with AVX-512 (dots.h): what all layouts share.
+
+#pragma once
+
+#include "dots.h"
+#include "lookup.h"
+
+namespace kernels {
+namespace avx512 {
+
+// Chunks that are worked on before the next rows: their digits stay in the first-level cache.
+constexpr int64_t kPanel = 8;
+// Rows whose lanes are added up together, and how far ahead memory is fetched.
+constexpr int64_t kDotRows = 16;
+
+// The activations of 512 columns.
+template <int Digits>
+struct Chunk {
+    __m512i x[8][Digits];  // the highest digit first
+    __m512 step;           // what one unit of the lowest is worth
+    __m512i sum[2];        // of each word: its even columns, its odd ones
+};
+static_assert(sizeof(Chunk<3>) == kChunkBytes[0] && sizeof(Chunk<1>) == kChunkBytes[1], "as they are reserved");
+
+inline __mmask16 first_of_16(int64_t count) {
+    return static_cast<__mmask16>((1u << greatest(least(count, 16), 0)) - 1);
+}
+
+// Sums of 32 products in each lane.
+template <int Digits>
+struct Dots {
+    __m512i digit[Digits] = {};
+
+    // bits: 64 bytes, as a rule of 0 and 1.
+    [[gnu::always_inline]] void add(__m512i bits, const __m512i* x) {
+#pragma GCC unroll 3
+        for (int d = 0; d < Digits; d++) digit[d] = _mm512_dpbusd_epi32(digit[d], bits, x[d]);
+    }
+    // In units of the lowest digit: 32 bits are enough for three digits and numbers up to 31 in the bytes.
+    [[gnu::always_inline]] __m512i total() const {
+        __m512i sum = digit[0];
+#pragma GCC unroll 2
+        for (int d = 1; d < Digits; d++) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 7), digit[d]);
+        return sum;
+    }
+};
+
+// Bit i of every byte.
+[[gnu::always_inline]] inline __m512i bit(__m512i bytes, int i) {
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(1ll << (56 + i)), 0);
+}
+
+[[gnu::always_inline]] inline __m512 floats(__m512i integers) { return _mm512_cvtepi32_ps(integers); }
+[[gnu::always_inline]] inline __m512 minus_twice(__m512 a, __m512 b) {  // a - 2 b
+    return _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), b, a);
+}
+
+// Byte 8b + i of 512 to byte b of vector i: bytes within vectors first, then their 64-bit words between vectors.
+class ByBit {
+   public:
+    static void order(__m512i* x) {
+        const __m512i row = _mm512_set1_epi64(0x3830282018100800);
+        const __m512i column = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+        const __m512i order = _mm512_add_epi8(row, _mm512_mullo_epi64(column, _mm512_set1_epi64(0x0101010101010101)));
+        __m512i even[4], odd[4];
+        for (int i = 0; i < 4; i++) {
+            const __m512i a = _mm512_permutexvar_epi8(order, x[2 * i]);
+            const __m512i b = _mm512_permutexvar_epi8(order, x[2 * i + 1]);
+            even[i] = _mm512_unpacklo_epi64(a, b);
+            odd[i] = _mm512_unpackhi_epi64(a, b);
+        }
+        lanes_to_vectors(even, x);
+        lanes_to_vectors(odd, x + 1);
+    }
+
+   private:
+    // Quarter i of four vectors to out[2 * i].
+    static void lanes_to_vectors(const __m512i* from, __m512i* out) {
+        const __m512i even_low = _mm512_shuffle_i32x4(from[0], from[1], 0x88);
+        const __m512i even_high = _mm512_shuffle_i32x4(from[2], from[3], 0x88);
+        const __m512i odd_low = _mm512_shuffle_i32x4(from[0], from[1], 0xdd);
+        const __m512i odd_high = _mm512_shuffle_i32x4(from[2], from[3], 0xdd);
+        out[0] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        out[2] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        out[4] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+        out[6] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    }
+};
+
+// Digits of up to 128 activations, [Digits][stride] bytes, zeros behind them; returns the step, which is no number if
+// one of them is not finite. Sizes with no finite inverse are as good as zero.
+template <int Digits>
+float to_digits(const float* x, int64_t columns, int8_t* digits, int64_t stride) {
+    constexpr float units = Digits == 1 ? 127.0f : 127.0f * 128 * 128;
+    __m512 some[8], largest = _mm512_setzero_ps(), spoilt = largest;
+    for (int i = 0; i < 8; i++) {
+        some[i] = _mm512_maskz_loadu_ps(first_of_16(columns - 16 * i), x + 16 * i);
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(some[i]));
+        spoilt = _mm512_fmadd_ps(some[i], _mm512_setzero_ps(), spoilt);
+    }
+    const float size = _mm512_reduce_max_ps(largest), not_finite = _mm512_reduce_add_ps(spoilt);
+    const bool any = size > 1e-36f && not_finite == 0.0f;
+    const __m512 per_step = _mm512_set1_ps(units / size);
+    for (int i = 0; i < 8; i++) {
+        __m512i rest = any ? _mm512_cvtps_epi32(_mm512_mul_ps(some[i], per_step)) : _mm512_setzero_si512();
+        for (int d = Digits - 1; d > 0; d--) {
+            const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(rest, 25), 25);  // -64 .. 63
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + d * stride + 16 * i), _mm512_cvtepi32_epi8(low));
+            rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, low), 7);
+        }
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + 16 * i), _mm512_cvtepi32_epi8(rest));
+    }
+    return size / units + not_finite;
+}
+
+template <int Digits>
+void to_chunks(const float* x, int64_t words, Chunk<Digits>* chunks) {
+    for (int64_t word = 0; word < words; word += kChunkWords, chunks++) {
+        alignas(64) int8_t digits[Digits][512];
+        alignas(64) float steps[16];
+        for (int64_t i = 0; i < 4; i++) {
+            const int64_t at = 32 * word + 128 * i, columns = greatest(least(32 * words - at, 128), 0);
+            const float step = to_digits<Digits>(x + at, columns, digits[0] + 128 * i, 512);
+            _mm_store_ps(steps + 4 * i, _mm_set1_ps(columns ? step : 0.0f));
+        }
+        chunks->step = _mm512_load_ps(steps);
+        for (int d = 0; d < Digits; d++) {
+            __m512i ordered[8];
+            for (int i = 0; i < 8; i++) ordered[i] = _mm512_load_si512(digits[d] + 64 * i);
+            ByBit::order(ordered);
+            for (int i = 0; i < 8; i++) chunks->x[i][d] = ordered[i];
+        }
+        Dots<Digits> sums[2];
+        for (int i = 0; i < 8; i++) sums[i % 2].add(_mm512_set1_epi8(1), chunks->x[i]);
+        for (int odd = 0; odd < 2; odd++) chunks->sum[odd] = sums[odd].total();
+    }
+}
+
+inline void prepare_digits(const float* x, int64_t words, const Run*, int64_t, bool int8, void* chunks, float*,
+                           float*) {
+    if (int8) to_chunks(x, words, static_cast<Chunk<1>*>(chunks));
+    else to_chunks(x, words, static_cast<Chunk<3>*>(chunks));
+}
+
+// The digits of a token.
+template <int Digits>
+const Chunk<Digits>* chunks_of(const Activations& x, int64_t token) {
+    return reinterpret_cast<const Chunk<Digits>*>(x.tables) + token * ((x.words + kChunkWords - 1) / kChunkWords);
+}
+
+// Rows that are worked on side by side, which share what is read of activations and have chains of sums of their own.
+template <int Rows>
+struct RowsOfBits {
+    const uint8_t* row[Rows];
+    int64_t words, ahead;
+
+    RowsOfBits(const Plane& plane, const int64_t* rows) : words(plane.row_bytes / 4), ahead(kDotRows * plane.row_bytes) {
+        for (int r = 0; r < Rows; r++) row[r] = plane.data + rows[r] * plane.row_bytes;
+    }
+    // Words from 16 * chunk on, as many as there are.
+    [[gnu::always_inline]] void load(int64_t chunk, __m512i* bits) const {
+        const __mmask16 there = first_of_16(words - kChunkWords * chunk);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; r++) {
+            bits[r] = _mm512_maskz_loadu_epi32(there, row[r] + 64 * chunk);
+            Avx512::prefetch(row[r] + 64 * chunk + ahead);
+        }
+    }
+};
+
+// Coefficients at [index, index + count), count up to 16, of all rows' one after the other; zeros behind them.
+inline __m512 load_coefficients(const Coefficients& from, int64_t index, int64_t count) {
+    const __mmask16 present = first_of_16(count);
+    if (from.type == Scalar::f32) return _mm512_maskz_loadu_ps(present, static_cast<const float*>(from.data) + index);
+    const uint16_t* at = static_cast<const uint16_t*>(from.data) + index;
+    Avx512::prefetch(at + kDotRows * from.per_row);
+    const __m256i shorts = _mm256_maskz_loadu_epi16(present, at);
+    if (from.type == Scalar::f16) return _mm512_cvtph_ps(shorts);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16));
+}
+
+// Coefficients of rows, as floats, as far as a panel needs them.
+template <int Rows>
+class RowsCoefficients {
+   public:
+    RowsCoefficients(const GroupCoefficients& of, const int64_t* rows, int64_t from, int64_t upto)
+        : chunks_(of.chunks), first_(of.chunks[from].first) {
+        const int64_t end = least(of.of.per_row, of.chunks[upto - 1].first + kChunkWords);
+        for (int r = 0; r < Rows; r++) {
+            for (int64_t i = first_; i < end; i += 16) {
+                _mm512_store_ps(values_[r] + i - first_, load_coefficients(of.of, rows[r] * of.of.per_row + i, end - i));
+            }
+        }
+    }
+    // The number-th coefficient of each word's group.
+    [[gnu::always_inline]] __m512 at(int row, int64_t chunk, int64_t number) const {
+        const ChunkGroups& groups = chunks_[chunk];
+        const __m512 some = _mm512_loadu_ps(values_[row] + groups.first - first_ + number);
+        return _mm512_permutexvar_ps(_mm512_load_si512(groups.place), some);
+    }
+
+   private:
+    const ChunkGroups* chunks_;
+    int64_t first_;
+    alignas(64) float values_[Rows][(kPanel + 2) * kChunkWords];
+};
+
+// The sums of 16 vectors' lanes.
+inline __m512 sums_of(__m512* parts) {
+    Avx512::transpose(reinterpret_cast<__m512i*>(parts));
+    for (int half = 8; half; half /= 2) {
+        for (int i = 0; i < half; i++) parts[i] = _mm512_add_ps(parts[i], parts[i + half]);
+    }
+    return parts[0];
+}
+
+// Of rows [row, row + count), at most 16: what Product makes of them and of all chunks.
+template <class Product>
+inline __m512 rows_product(const Product& of, int64_t row, int64_t count, int64_t chunks) {
+    __m512 parts[kDotRows] = {};
+    for (int64_t from = 0; from < chunks; from += kPanel) {
+        const int64_t upto = least(from + kPanel, chunks);
+        for (int64_t i = 0; i < count; i += Product::rows) {
+            int64_t rows[Product::rows];
+            for (int r = 0; r < Product::rows; r++) rows[r] = row + least(i + r, count - 1);
+            of.add(rows, from, upto, parts + i);
+        }
+    }
+    return sums_of(parts);
+}
+
+template <class Product>
+inline void dot_rows(const Product& of, int64_t first, int64_t last, int64_t chunks, float* y) {
+    for (int64_t row = first; row < last; row += kDotRows) {
+        const int64_t count = least(last - row, kDotRows);
+        Avx512::store(y + row, rows_product(of, row, count, chunks), count);
+    }
+}
+
+}  // namespace avx512
+}  // namespace kernels
