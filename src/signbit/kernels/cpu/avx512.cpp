@@ -217,7 +217,8 @@ bool supported() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("bmi2");
+           __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("gfni") && __builtin_cpu_supports("bmi2");
 }
 
 }  // namespace avx512
@@ -228,6 +229,7 @@ bool supported() {
 #include "partial_dots_avx512.h"
 #include "sign_dots_avx512.h"
 #include "structured_avx512.h"
+#include "zoned_dots_avx512.h"
 
 namespace kernels {
 
@@ -238,6 +240,10 @@ constexpr Isa with_dots() {
     isa.prepare[static_cast<int>(Form::digits)] = prepare_digits;
     isa.sign_dots[0] = sign_dots_rows<kDigits[0]>;
     isa.sign_dots[1] = sign_dots_rows<kDigits[1]>;
+    isa.split_dots[0] = split_dots_rows<kDigits[0]>;
+    isa.split_dots[1] = split_dots_rows<kDigits[1]>;
+    isa.haar_dots[0] = haar_dots_rows<kDigits[0]>;
+    isa.haar_dots[1] = haar_dots_rows<kDigits[1]>;
     isa.partial_dots[0] = partial_dots_rows<false>;
     isa.partial_dots[1] = partial_dots_rows<true>;
     return isa;

@@ -42,8 +42,9 @@ struct GroupCoefficients {
 class ChunkGroupLists {
    public:
     // ``each`` coefficients for a group; group: of each word, -1 where any will do. False if groups are so small that a
-    // chunk has more coefficients than a vector has room for.
-    bool assign(GroupCoefficients& to, Coefficients from, int64_t each, const std::vector<int32_t>& group);
+    // chunk has more coefficients than so many vectors have room for.
+    bool assign(GroupCoefficients& to, Coefficients from, int64_t each, const std::vector<int32_t>& group,
+                int64_t vectors = 1);
 
    private:
     std::deque<std::vector<ChunkGroups>> lists_;
@@ -56,6 +57,66 @@ struct SignDots {
     int64_t planes;
     Plane signs[kMaxPlanes];
     GroupCoefficients scales[kMaxPlanes], means;
+};
+
+// Salient columns, brought together: words, 16 in a *block*, with up to 32 salient columns each of one group, so that
+// their coefficients are found as others are. From planes of all columns they are picked by vpshufbitqmb, up to eight
+// of every window of 64 columns at a time, in as many sets as that takes; from planes of salient columns they are cut.
+struct SalientPick {
+    int64_t sets;      // 2 sets of two windows make a word, or 4 of one
+    int64_t used;      // of the sets
+    const uint8_t* select;  // [chunks][used][64]: of each window, which columns
+};
+struct CompactBlock {
+    uint32_t word[kChunkWords], shift[kChunkWords], mask[kChunkWords];
+    int32_t first;  // from which words are counted
+};
+struct SalientBlocks {
+    int64_t count;              // 0: nothing is salient
+    SalientPick pick;
+    const CompactBlock* cut;    // null: they are picked
+};
+// Of so many blocks at most.
+constexpr int64_t kMostBlocks = 32;
+
+struct SalientColumns;
+
+// What SalientBlocks point to, and what activations they are multiplied by.
+struct SalientLists {
+    std::vector<int32_t> columns;  // [32 * words], -1: none
+    std::vector<int32_t> groups;   // [words], among those with salient columns; -1: none
+    SalientBlocks blocks{};
+    bool possible = true;
+
+    // From planes of all columns, in groups of ``group_size`` (0: one).
+    void pick(const SalientColumns& salient, int64_t m, int64_t group_size);
+    // From planes of salient columns only.
+    void cut(const SalientColumns& salient);
+
+   private:
+    std::vector<uint8_t> select_;
+    std::vector<CompactBlock> cut_;
+};
+
+// Codebooks of a scale for each zone and one mean, two or none (codebooks.h).
+struct ZonedSet {
+    GroupCoefficients scales, means;
+    int64_t means_each;
+};
+
+struct SplitDots {
+    Plane signs, zones;
+    ZonedSet ordinary;
+    SalientBlocks salient;
+    GroupCoefficients salient_scales, salient_means;
+};
+
+// Along rows a group has two codebooks, of its even and its odd columns, and salient columns planes of their own.
+struct HaarDots {
+    bool along_rows;
+    Plane signs, zones, salient_signs, salient_zones;
+    ZonedSet ordinary, of_salient;
+    SalientBlocks salient;
 };
 
 }  // namespace kernels

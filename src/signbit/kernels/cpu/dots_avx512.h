@@ -142,10 +142,12 @@ inline void prepare_digits(const float* x, int64_t words, const Run*, int64_t, b
     else to_chunks(x, words, static_cast<Chunk<3>*>(chunks));
 }
 
+inline int64_t chunks_in(const Activations& x) { return (x.words + kChunkWords - 1) / kChunkWords; }
+
 // The digits of a token.
 template <int Digits>
 const Chunk<Digits>* chunks_of(const Activations& x, int64_t token) {
-    return reinterpret_cast<const Chunk<Digits>*>(x.tables) + token * ((x.words + kChunkWords - 1) / kChunkWords);
+    return reinterpret_cast<const Chunk<Digits>*>(x.tables) + token * chunks_in(x);
 }
 
 // Rows that are worked on side by side, which share what is read of activations and have chains of sums of their own.
@@ -154,8 +156,10 @@ struct RowsOfBits {
     const uint8_t* row[Rows];
     int64_t words, ahead;
 
-    RowsOfBits(const Plane& plane, const int64_t* rows) : words(plane.row_bytes / 4), ahead(kDotRows * plane.row_bytes) {
-        for (int r = 0; r < Rows; r++) row[r] = plane.data + rows[r] * plane.row_bytes;
+    // base: of the plane's first row.
+    RowsOfBits(const Plane& plane, const int64_t* rows, int64_t base = 0)
+        : words(plane.row_bytes / 4), ahead(kDotRows * plane.row_bytes) {
+        for (int r = 0; r < Rows; r++) row[r] = plane.data + (rows[r] - base) * plane.row_bytes;
     }
     // Words from 16 * chunk on, as many as there are.
     [[gnu::always_inline]] void load(int64_t chunk, __m512i* bits) const {
@@ -169,7 +173,7 @@ struct RowsOfBits {
 };
 
 // Coefficients at [index, index + count), count up to 16, of all rows' one after the other; zeros behind them.
-inline __m512 load_coefficients(const Coefficients& from, int64_t index, int64_t count) {
+[[gnu::always_inline]] inline __m512 load_coefficients(const Coefficients& from, int64_t index, int64_t count) {
     const __mmask16 present = first_of_16(count);
     if (from.type == Scalar::f32) return _mm512_maskz_loadu_ps(present, static_cast<const float*>(from.data) + index);
     const uint16_t* at = static_cast<const uint16_t*>(from.data) + index;
@@ -179,30 +183,41 @@ inline __m512 load_coefficients(const Coefficients& from, int64_t index, int64_t
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16));
 }
 
-// Coefficients of rows, as floats, as far as a panel needs them.
-template <int Rows>
+// Coefficients of rows that are worked on side by side, those of a chunk's groups at a time.
+template <int Rows, int Vectors = 1>
 class RowsCoefficients {
    public:
-    RowsCoefficients(const GroupCoefficients& of, const int64_t* rows, int64_t from, int64_t upto)
-        : chunks_(of.chunks), first_(of.chunks[from].first) {
-        const int64_t end = least(of.of.per_row, of.chunks[upto - 1].first + kChunkWords);
+    // Without data there are none.
+    RowsCoefficients(const GroupCoefficients& of, const int64_t* rows) : of_(of) {
+        for (int r = 0; r < Rows; r++) start_[r] = rows[r] * of.of.per_row;
+    }
+    [[gnu::always_inline]] void load(int64_t chunk) {
+        const ChunkGroups& groups = of_.chunks[chunk];
+        place_ = _mm512_load_si512(groups.place);
+        if (groups.first == first_) return;
+        first_ = groups.first;
+#pragma GCC unroll 4
         for (int r = 0; r < Rows; r++) {
-            for (int64_t i = first_; i < end; i += 16) {
-                _mm512_store_ps(values_[r] + i - first_, load_coefficients(of.of, rows[r] * of.of.per_row + i, end - i));
+#pragma GCC unroll 2
+            for (int v = 0; v < Vectors; v++) {
+                const int64_t at = first_ + 16 * v;
+                some_[r][v] = load_coefficients(of_.of, start_[r] + at, of_.of.per_row - at);
             }
         }
     }
     // The number-th coefficient of each word's group.
-    [[gnu::always_inline]] __m512 at(int row, int64_t chunk, int64_t number) const {
-        const ChunkGroups& groups = chunks_[chunk];
-        const __m512 some = _mm512_loadu_ps(values_[row] + groups.first - first_ + number);
-        return _mm512_permutexvar_ps(_mm512_load_si512(groups.place), some);
+    [[gnu::always_inline]] __m512 at(int row, int number) const {
+        const __m512i place = _mm512_add_epi32(place_, _mm512_set1_epi32(number));
+        if (Vectors == 1) return _mm512_permutexvar_ps(place, some_[row][0]);
+        return _mm512_permutex2var_ps(some_[row][0], place, some_[row][Vectors - 1]);
     }
 
    private:
-    const ChunkGroups* chunks_;
-    int64_t first_;
-    alignas(64) float values_[Rows][(kPanel + 2) * kChunkWords];
+    const GroupCoefficients& of_;
+    int64_t start_[Rows];
+    int32_t first_ = -1;
+    __m512i place_;
+    __m512 some_[Rows][Vectors];
 };
 
 // The sums of 16 vectors' lanes.

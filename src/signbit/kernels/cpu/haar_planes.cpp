@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "coded_matrix.h"
+#include "dots.h"
 #include "matrices.h"
 
 namespace kernels {
@@ -85,10 +86,54 @@ class HaarPlanesMatrix : public CodedMatrix {
     SalientColumns salient_;
 };
 
+class HaarDotsMatrix : public CodedMatrix {
+   public:
+    HaarDotsMatrix(int64_t n, int64_t m, int64_t group_size, bool along_rows, const HaarPlanes& from)
+        : CodedMatrix(n, m, group_size), salient_(from.salient, m, group_size) {
+        if (along_rows) brought_together_.cut(salient_);
+        else brought_together_.pick(salient_, m, group_size);
+        const std::vector<int32_t> groups = groups_of_words(m, group_size);
+        const int64_t bands = along_rows ? 2 : 1;
+        ZonedSet &ordinary = dots_.ordinary, &of_salient = dots_.of_salient;
+        possible_ = !groups.empty() && brought_together_.possible && lists_.assign(ordinary.scales, from.scales, 2 * bands, groups) &&
+                    lists_.assign(ordinary.means, from.means, from.means_each * bands, groups) &&
+                    lists_.assign(of_salient.scales, from.salient_scales, 2, brought_together_.groups, 2) &&
+                    lists_.assign(of_salient.means, from.salient_means, 2, brought_together_.groups, 2);
+        ordinary.means_each = from.means.data ? from.means_each : 0;
+        of_salient.means_each = from.salient_means.data ? 2 : 0;
+        dots_.along_rows = along_rows;
+        dots_.signs = from.signs;
+        dots_.zones = from.zones;
+        dots_.salient_signs = from.salient_signs;
+        dots_.salient_zones = from.salient_zones;
+        dots_.salient = brought_together_.blocks;
+        // Along rows, a salient column adds to what all columns are coded as.
+        if (along_rows) add_kind({{}, {}, true, words, &runs});
+        else ordinary_kind(salient_);
+        if (dots_.salient.count) {
+            add_kind({brought_together_.columns, {}, false, kChunkWords * dots_.salient.count, &runs});
+        }
+    }
+    bool possible() const { return possible_; }
+    Form form(int64_t) const override { return Form::digits; }
+    Rows rows(const Isa& isa, bool int8) const override { return isa.haar_dots[int8]; }
+    const void* self() const override { return &dots_; }
+
+   private:
+    SalientColumns salient_;
+    SalientLists brought_together_;
+    ChunkGroupLists lists_;
+    HaarDots dots_{};
+    bool possible_;
+};
+
 }  // namespace
 
 std::unique_ptr<Matrix> haar_planes(int64_t n, int64_t m, int64_t group_size, bool along_rows, const HaarPlanes& from) {
-    return std::make_unique<HaarPlanesMatrix>(n, m, group_size, along_rows, from);
+    auto matrix = std::make_unique<HaarPlanesMatrix>(n, m, group_size, along_rows, from);
+    auto dots = std::make_unique<HaarDotsMatrix>(n, m, group_size, along_rows, from);
+    if (dots->possible()) matrix->few = std::move(dots);
+    return matrix;
 }
 
 }  // namespace kernels

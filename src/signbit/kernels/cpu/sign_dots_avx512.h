@@ -18,11 +18,12 @@ struct SignProduct {
     void add(const int64_t* row, int64_t from, int64_t upto, __m512* parts) const {
         for (int64_t plane = 0; plane < w.planes; plane++) {
             const RowsOfBits<rows> signs(w.signs[plane], row);
-            const RowsCoefficients<rows> scales(w.scales[plane], row, from, upto);
+            RowsCoefficients<rows> scales(w.scales[plane], row);
             __m512 product[rows] = {};
             for (int64_t chunk = from; chunk < upto; chunk++) {
                 __m512i bits[rows];
                 signs.load(chunk, bits);
+                scales.load(chunk);
                 Dots<Digits> negative[rows];
 #pragma GCC unroll 8
                 for (int i = 0; i < 8; i++) {
@@ -33,7 +34,7 @@ struct SignProduct {
 #pragma GCC unroll 4
                 for (int r = 0; r < rows; r++) {
                     const __m512i own = _mm512_sub_epi32(sum, _mm512_slli_epi32(negative[r].total(), 1));
-                    const __m512 scale = _mm512_mul_ps(scales.at(r, chunk, 0), x[chunk].step);
+                    const __m512 scale = _mm512_mul_ps(scales.at(r, 0), x[chunk].step);
                     product[r] = _mm512_fmadd_ps(scale, floats(own), product[r]);
                 }
             }
@@ -42,11 +43,12 @@ struct SignProduct {
         if (w.means.of.data) add_means(row, from, upto, parts);
     }
     void add_means(const int64_t* row, int64_t from, int64_t upto, __m512* parts) const {
-        const RowsCoefficients<rows> means(w.means, row, from, upto);
+        RowsCoefficients<rows> means(w.means, row);
         for (int64_t chunk = from; chunk < upto; chunk++) {
+            means.load(chunk);
             const __m512 sum = floats(_mm512_add_epi32(x[chunk].sum[0], x[chunk].sum[1]));
             const __m512 product = _mm512_mul_ps(sum, x[chunk].step);
-            for (int r = 0; r < rows; r++) parts[r] = _mm512_fmadd_ps(means.at(r, chunk, 0), product, parts[r]);
+            for (int r = 0; r < rows; r++) parts[r] = _mm512_fmadd_ps(means.at(r, 0), product, parts[r]);
         }
     }
 };
@@ -57,7 +59,7 @@ void sign_dots_rows(const void* matrix, const Activations* kinds, int64_t first,
     const SignDots& w = *static_cast<const SignDots*>(matrix);
     for (int64_t token = 0; token < kinds[0].tokens; token++) {
         const SignProduct<Digits> product{w, chunks_of<Digits>(kinds[0], token)};
-        dot_rows(product, first, last, (kinds[0].words + kChunkWords - 1) / kChunkWords, y + token * stride);
+        dot_rows(product, first, last, chunks_in(kinds[0]), y + token * stride);
     }
 }
 

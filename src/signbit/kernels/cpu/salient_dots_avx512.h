@@ -1,0 +1,128 @@
+// Salient columns times few tokens, with AVX-512: brought together in words of their own (SalientBlocks).
+
+#pragma once
+
+#include "dots_avx512.h"
+
+namespace kernels {
+namespace avx512 {
+
+// Bits of the salient columns of 16 rows, from as many planes.
+template <int Planes>
+class SalientBits {
+   public:
+    Plane plane[Planes];
+
+    // From a plane whose first row is ``base``.
+    void load(int which, const SalientBlocks& blocks, const Plane& from, int64_t row, int64_t count, int64_t base = 0) {
+        plane[which] = {bits_[which], 64 * blocks.count};
+        for (int64_t i = 0; i < count; i++) {
+            const uint8_t* bytes = from.data + (row + i - base) * from.row_bytes;
+            uint8_t* to = bits_[which] + 64 * blocks.count * i;
+            if (blocks.cut) cut(blocks, bytes, from.row_bytes / 4, to);
+            else pick(blocks, bytes, from.row_bytes / 4, to);
+        }
+        for (int64_t i = 0; !blocks.cut && i < count * blocks.count; i++) {
+            __m512i* block = reinterpret_cast<__m512i*>(bits_[which]) + i;
+            *block = blocks.pick.sets == 2 ? words_of_two(*block) : words_of_four(*block);
+        }
+    }
+
+   private:
+    // A block gets 64 bytes, set by set those of its windows.
+    static void pick(const SalientBlocks& blocks, const uint8_t* row, int64_t words, uint8_t* to) {
+        const SalientPick& pick = blocks.pick;
+        const int64_t in_set = 64 / pick.sets;
+        for (int64_t i = 0; i < blocks.count; i++) _mm512_store_si512(to + 64 * i, _mm512_setzero_si512());
+        const uint8_t* select = pick.select;
+        int64_t window = 0;
+        for (int64_t chunk = 0; kChunkWords * chunk < words; chunk++, window += 8) {
+            if (window == in_set) {
+                window = 0;
+                to += 64;
+            }
+            const __m512i bits = _mm512_maskz_loadu_epi32(first_of_16(words - kChunkWords * chunk), row + 64 * chunk);
+            for (int64_t set = 0; set < pick.used; set++, select += 64) {
+                const __mmask64 picked = _mm512_bitshuffle_epi64_mask(bits, _mm512_loadu_si512(select));
+                __builtin_memcpy(to + set * in_set + window, &picked, 8);
+            }
+        }
+    }
+    // Bytes 2 l and 2 l + 1 of each of two sets, byte l of each of four, to word l.
+    static __m512i words_of_two(__m512i bytes) {
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i both = _mm512_or_si512(lane, _mm512_slli_epi32(lane, 16));
+        return _mm512_permutexvar_epi16(_mm512_add_epi32(both, _mm512_set1_epi32(16 << 16)), bytes);
+    }
+    static __m512i words_of_four(__m512i bytes) {
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i all = _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x01010101));
+        return _mm512_permutexvar_epi8(_mm512_add_epi32(all, _mm512_set1_epi32(0x30201000)), bytes);
+    }
+    static void cut(const SalientBlocks& blocks, const uint8_t* row, int64_t words, uint8_t* to) {
+        for (int64_t i = 0; i < blocks.count; i++) {
+            const CompactBlock& block = blocks.cut[i];
+            const int64_t left = words - block.first;
+            const __m512i low = _mm512_maskz_loadu_epi32(first_of_16(left), row + 4 * block.first);
+            const __m512i high = _mm512_maskz_loadu_epi32(first_of_16(left - 16), row + 4 * block.first + 64);
+            const __m512i word = _mm512_loadu_si512(block.word), next = _mm512_add_epi32(word, _mm512_set1_epi32(1));
+            const __m512i bits = _mm512_shrdv_epi32(_mm512_permutex2var_epi32(low, word, high),
+                                                    _mm512_permutex2var_epi32(low, next, high),
+                                                    _mm512_loadu_si512(block.shift));
+            _mm512_store_si512(to + 64 * i, _mm512_and_si512(bits, _mm512_loadu_si512(block.mask)));
+        }
+    }
+
+    alignas(64) uint8_t bits_[Planes][64 * kDotRows * kMostBlocks];
+};
+
+// A sign and a residual sign, each with a scale:
+//
+//     y = sum over words of  scale_o (K - 2 N) + scale_r (K - 2 Z) + mean K
+//
+// K: of the weights that are there at all, or of all; N and Z: of the negative ones, and those whose residual is.
+template <int Digits, bool Kept>
+struct ResidualProduct {
+    static constexpr int rows = Digits == 1 ? 4 : 2;
+    const Plane &kept, &negative, &residual;
+    const GroupCoefficients &scales, &means;
+    const Chunk<Digits>* x;
+    int64_t base;  // the planes' first row
+
+    void add(const int64_t* row, int64_t from, int64_t upto, __m512* parts) const {
+        const RowsOfBits<rows> K(Kept ? kept : negative, row, base), N(negative, row, base), Z(residual, row, base);
+        RowsCoefficients<rows, 2> scale(scales, row), mean(means, row);
+        for (int64_t chunk = from; chunk < upto; chunk++) {
+            __m512i k[rows], n[rows], z[rows];
+            if (Kept) K.load(chunk, k);
+            N.load(chunk, n);
+            Z.load(chunk, z);
+            scale.load(chunk);
+            if (means.of.data) mean.load(chunk);
+            Dots<Digits> of_k[rows], of_n[rows], of_z[rows];
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++) {
+                    if (Kept) of_k[r].add(bit(k[r], i), x[chunk].x[i]);
+                    of_n[r].add(bit(n[r], i), x[chunk].x[i]);
+                    of_z[r].add(bit(z[r], i), x[chunk].x[i]);
+                }
+            }
+            const __m512i all = _mm512_add_epi32(x[chunk].sum[0], x[chunk].sum[1]);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                const __m512i there = Kept ? of_k[r].total() : all;
+                const __m512i by_sign = _mm512_sub_epi32(there, _mm512_slli_epi32(of_n[r].total(), 1));
+                const __m512i by_residual = _mm512_sub_epi32(there, _mm512_slli_epi32(of_z[r].total(), 1));
+                __m512 of_chunk = _mm512_mul_ps(scale.at(r, 0), floats(by_sign));
+                of_chunk = _mm512_fmadd_ps(scale.at(r, 1), floats(by_residual), of_chunk);
+                if (means.of.data) of_chunk = _mm512_fmadd_ps(mean.at(r, 0), floats(there), of_chunk);
+                parts[r] = _mm512_fmadd_ps(of_chunk, x[chunk].step, parts[r]);
+            }
+        }
+    }
+};
+
+}  // namespace avx512
+}  // namespace kernels
