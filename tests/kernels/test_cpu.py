@@ -376,6 +376,46 @@ def test_activations_in_8_bits(isa: str, name: str, m: int) -> None:
     check(kernels.matmul(x, layout, int8=True), rounded(x), layout)
 
 
+# What few tokens are multiplied with row by row, in chunks of 512 columns and panels of 4096, and what keeps lookups.
+ROW_BY_ROW: dict[str, Make] = {
+    "sign, one group": sign_planes(mean=True),
+    "sign, groups of 384": sign_planes(group=384, mean=True),
+    "sign, groups of 64": sign_planes(group=64, mean=True, dtype=torch.bfloat16),
+    "sign, groups of 32": sign_planes(planes=2, group=32, dtype=torch.float32),
+    "split": split_planes(group=128, mean=True),
+    "split, one group": split_planes(mean=True, salient=0.03),
+    "split, groups of 64": split_planes(group=64),
+    "split, a quarter salient": split_planes(group=128, mean=True, salient=0.25),
+    "split, half salient": split_planes(group=128, salient=0.5),
+    "split, all salient": split_planes(group=128, salient=1),
+    "Haar along rows": haar_planes("row", group=128, means=2),
+    "Haar along rows, one mean": haar_planes("row", group=256, means=1, salient=0.3),
+    "Haar along rows, nothing salient": haar_planes("row", salient=0),
+    "Haar along columns": haar_planes("column", group=128, means=2),
+    "Haar along columns, one mean": haar_planes("column", means=1, salient=0.2),
+    "4 of 8": structured(4, 8, salient=0.06),
+    "4 of 8, means": structured(4, 8, mean=True, salient=0.2),
+    "6 of 8, two regions": structured(6, 8, regions=2, group=256, mean=True, salient=0.03),
+    "5 of 8, one region": structured(5, 8, regions=1, group=0),
+    "1 of 4": structured(1, 4, regions=2, salient=0.06),
+    "8 of 16": structured(8, 16, group=64),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ROW_BY_ROW)
+@pytest.mark.parametrize("m", [1, 33, 640, 4128, 9000])
+def test_few_tokens(name: str, m: int) -> None:
+    for n in (1, 35):
+        layout, x = ROW_BY_ROW[name](n, m), random(2, m)
+        for tokens in (1, 2):
+            check(kernels.matmul(x[:tokens], layout), x[:tokens], layout)
+        exact, y = kernels.matmul(x, layout), kernels.matmul(x, layout, int8=True)
+        assert (y - exact).norm() < 0.02 * (x.square() @ layout.dequantize().square().T).sum().sqrt()
+        if name.startswith("sign"):
+            check(y, rounded(x), layout)
+
+
 @needs_kernels
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("group", [0, 128, 384])

@@ -229,6 +229,7 @@ bool supported() {
 #include "partial_dots_avx512.h"
 #include "sign_dots_avx512.h"
 #include "structured_avx512.h"
+#include "structured_dots_avx512.h"
 #include "zoned_dots_avx512.h"
 
 namespace kernels {
@@ -242,6 +243,8 @@ constexpr Isa with_dots() {
     isa.sign_dots[1] = sign_dots_rows<kDigits[1]>;
     isa.split_dots[0] = split_dots_rows<kDigits[0]>;
     isa.split_dots[1] = split_dots_rows<kDigits[1]>;
+    isa.structured_dots[0] = structured_dots_rows<kDigits[0]>;
+    isa.structured_dots[1] = structured_dots_rows<kDigits[1]>;
     isa.haar_dots[0] = haar_dots_rows<kDigits[0]>;
     isa.haar_dots[1] = haar_dots_rows<kDigits[1]>;
     isa.partial_dots[0] = partial_dots_rows<false>;

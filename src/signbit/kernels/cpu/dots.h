@@ -19,6 +19,7 @@
 
 #include "kernels.h"
 #include "sign_planes.h"
+#include "structured.h"
 
 namespace kernels {
 
@@ -116,6 +117,14 @@ struct HaarDots {
     bool along_rows;
     Plane signs, zones, salient_signs, salient_zones;
     ZonedSet ordinary, of_salient;
+    SalientBlocks salient;
+};
+
+// Rows are decoded as a whole.
+constexpr int64_t kMostStructuredWords = 1024;
+struct StructuredDots {
+    const Structured* of;
+    GroupCoefficients scales, means, salient_scales, salient_means;
     SalientBlocks salient;
 };
 

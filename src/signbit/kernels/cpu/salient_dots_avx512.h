@@ -13,17 +13,17 @@ class SalientBits {
    public:
     Plane plane[Planes];
 
-    // From a plane whose first row is ``base``.
-    void load(int which, const SalientBlocks& blocks, const Plane& from, int64_t row, int64_t count, int64_t base = 0) {
+    // From rows [row, row + count) of a plane to those from ``at`` on.
+    void load(int which, const SalientBlocks& blocks, const Plane& from, int64_t row, int64_t count, int64_t at = 0) {
         plane[which] = {bits_[which], 64 * blocks.count};
         for (int64_t i = 0; i < count; i++) {
-            const uint8_t* bytes = from.data + (row + i - base) * from.row_bytes;
-            uint8_t* to = bits_[which] + 64 * blocks.count * i;
+            const uint8_t* bytes = from.data + (row + i) * from.row_bytes;
+            uint8_t* to = bits_[which] + 64 * blocks.count * (at + i);
             if (blocks.cut) cut(blocks, bytes, from.row_bytes / 4, to);
             else pick(blocks, bytes, from.row_bytes / 4, to);
         }
         for (int64_t i = 0; !blocks.cut && i < count * blocks.count; i++) {
-            __m512i* block = reinterpret_cast<__m512i*>(bits_[which]) + i;
+            __m512i* block = reinterpret_cast<__m512i*>(bits_[which]) + at * blocks.count + i;
             *block = blocks.pick.sets == 2 ? words_of_two(*block) : words_of_four(*block);
         }
     }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "coded_matrix.h"
+#include "dots.h"
 #include "matrices.h"
 
 namespace kernels {
@@ -133,11 +135,46 @@ class StructuredMatrix : public Matrix {
     std::vector<Lookup> lookups_[2];
 };
 
+class StructuredDotsMatrix : public CodedMatrix {
+   public:
+    StructuredDotsMatrix(int64_t n, int64_t m, int64_t group_size, const Structured& of, const Plane& map)
+        : CodedMatrix(n, m, group_size), salient_(map, m, group_size) {
+        const std::vector<int32_t> groups = groups_of_words(m, group_size);
+        brought_together_.pick(salient_, m, group_size);
+        possible_ = of.regular() && words <= kMostStructuredWords && !groups.empty() && brought_together_.possible &&
+                    lists_.assign(dots_.scales, of.scales, of.regions_count, groups) &&
+                    lists_.assign(dots_.means, of.means, of.regions_count, groups) &&
+                    lists_.assign(dots_.salient_scales, of.salient_scales, 2, brought_together_.groups, 2) &&
+                    lists_.assign(dots_.salient_means, of.salient_means, 1, brought_together_.groups, 2);
+        dots_.of = &of;
+        dots_.salient = brought_together_.blocks;
+        ordinary_kind(salient_);
+        if (dots_.salient.count) {
+            add_kind({brought_together_.columns, {}, false, kChunkWords * dots_.salient.count, &runs});
+        }
+    }
+    bool possible() const { return possible_; }
+    Form form(int64_t) const override { return Form::digits; }
+    Rows rows(const Isa& isa, bool int8) const override { return isa.structured_dots[int8]; }
+    const void* self() const override { return &dots_; }
+
+   private:
+    SalientColumns salient_;
+    SalientLists brought_together_;
+    ChunkGroupLists lists_;
+    StructuredDots dots_{};
+    bool possible_;
+};
+
 }  // namespace
 
 std::unique_ptr<Matrix> structured(int64_t n, int64_t m, int64_t group_size, int64_t keep, int64_t of, int64_t regions,
                                    const StructuredTensors& from) {
-    return std::make_unique<StructuredMatrix>(n, m, group_size, keep, of, regions, from);
+    auto matrix = std::make_unique<StructuredMatrix>(n, m, group_size, keep, of, regions, from);
+    const auto* own = static_cast<const Structured*>(matrix->self());
+    auto dots = std::make_unique<StructuredDotsMatrix>(n, m, group_size, *own, from.salient);
+    if (dots->possible()) matrix->few = std::move(dots);
+    return matrix;
 }
 
 }  // namespace kernels

@@ -113,33 +113,49 @@ struct StructuredOperations {
     }
 };
 
-// A block of rows of a tile as bits in the order of the columns.
-template <class I>
+// So many words of so many rows as bits in the order of the columns.
+template <class I, int64_t Rows = Tile<I>::rows, int64_t MostWords = kBlockWords>
 class DecodedRows {
    public:
     enum Bits { kept, negative, ones, twos, count_of };  // ones, twos: of the second and third region
 
     explicit DecodedRows(const Structured& w) : w_(w) {}
 
-    void decode(const Tile<I>& tile, int64_t word, int64_t count) {
-        for (int64_t row = 0; row < least(Tile<I>::rows, tile.n - tile.row); row++) {
-            prefetch(tile.row + row, word);
-            if (w_.regular()) regular(tile.row + row, row, word / 2, (count + 1) / 2);
-            else any(tile.row + row, row, word, count);
+    // So that planes of regions that a matrix does not have are empty.
+    void clear() {
+        for (auto& plane : bits_) {
+            for (auto& row : plane) {
+                for (uint64_t& bits : row) bits = 0;
+            }
+        }
+    }
+    // Rows from ``first`` on.
+    void decode(int64_t first, int64_t rows, int64_t word, int64_t count) {
+        for (int64_t row = 0; row < rows; row++) {
+            prefetch(first + row, word);
+            if (w_.regular()) regular(first + row, row, word / 2, (count + 1) / 2);
+            else any(first + row, row, word, count);
         }
     }
     void load(Bits which, int64_t count, Words<I>& words) const {
         words.load_from(reinterpret_cast<const uint8_t*>(bits_[which]), sizeof bits_[0][0], count);
     }
+    // Both in the place of ones: the weights outside the first region.
+    void bring_ones_and_twos_together(int64_t rows, int64_t words) {
+        for (int64_t row = 0; row < rows && w_.regions_count > 1; row++) {
+            for (int64_t i = 0; i < (words + 1) / 2; i++) bits_[ones][row][i] |= bits_[twos][row][i];
+        }
+    }
+    Plane plane(Bits which) const { return {reinterpret_cast<const uint8_t*>(bits_[which]), sizeof bits_[0][0]}; }
 
    private:
     // What comes next: of this row, or at its end of the row in the same place of the next tile.
     void prefetch(int64_t row, int64_t word) const {
-        const bool row_ends = 32 * (word + kBlockWords) >= w_.m;
-        const int64_t next = row_ends ? row + Tile<I>::rows : row;
-        const int64_t block = row_ends ? 0 : word / kBlockWords + 1;
+        const bool row_ends = 32 * (word + MostWords) >= w_.m;
+        const int64_t next = row_ends ? row + Rows : row;
+        const int64_t block = row_ends ? 0 : word / MostWords + 1;
         if (next >= w_.n) return;
-        const int64_t kept = kBlockWords / 2 * w_.kept, ranks = kBlockWords / 2 * w_.cells * w_.rank_bits / 8;
+        const int64_t kept = MostWords / 2 * w_.kept, ranks = MostWords / 2 * w_.cells * w_.rank_bits / 8;
         const int64_t regions = w_.regions_count == 3 ? kept / kTritsPerByte : kept / 8;
         touch(w_.signs, next, block * kept / 8, kept / 8);
         touch(w_.ranks, next, block * ranks, ranks);
@@ -155,7 +171,7 @@ class DecodedRows {
     // Bytes of a row, from one on. The last rows of a plane are copied, as there is nothing to read behind them.
     struct Source {
         const uint8_t* bytes;
-        uint8_t copy[kBlockWords * 8 + 2 * ahead];
+        uint8_t copy[MostWords * 8 + 2 * ahead];
 
         Source(const Plane& plane, int64_t n, int64_t row, int64_t from) {
             bytes = plane.data + row * plane.row_bytes + from;
@@ -169,7 +185,7 @@ class DecodedRows {
     // 64 columns at a time.
     void regular(int64_t row, int64_t at, int64_t first, int64_t count) {
         const int64_t each = w_.kept, cells = w_.cells, cursor = first * each;
-        uint64_t columns[kBlockWords / 2];
+        uint64_t columns[MostWords / 2];
         const int64_t rank_bit = first * cells * w_.rank_bits;
         const Source ranks(w_.ranks, w_.n, row, rank_bit / 8);
         if (w_.of == 8) {
@@ -191,7 +207,7 @@ class DecodedRows {
             const Source regions(w_.regions, w_.n, row, cursor / 8);
             spread(regions.bytes, cursor % 8, each, count, columns, bits_[ones][at]);
         } else if (w_.regions_count == 3) {
-            uint8_t planes[2][kBlockWords * 4 + 2 * ahead];
+            uint8_t planes[2][MostWords * 4 + 2 * ahead];
             const int64_t skip = cursor % kTritsPerByte;
             const Source regions(w_.regions, w_.n, row, cursor / kTritsPerByte);
             const int64_t bytes = (skip + count * each + kTritsPerByte - 1) / kTritsPerByte;
@@ -253,14 +269,14 @@ class DecodedRows {
     }
     // A cell's bits to those of the block, whose first word it may begin before.
     void put(uint64_t bits, int64_t column, uint64_t* out) {
-        for (int64_t i = column < 0 ? -column : 0; i < w_.of && column + i < 32 * kBlockWords; i++) {
+        for (int64_t i = column < 0 ? -column : 0; i < w_.of && column + i < 32 * MostWords; i++) {
             const uint64_t place = little_endian(1ull << (column + i) % 64);
             if (bits >> i & 1) out[(column + i) / 64] |= place;
         }
     }
 
     const Structured& w_;
-    alignas(64) uint64_t bits_[count_of][Tile<I>::rows][kBlockWords / 2];
+    alignas(64) uint64_t bits_[count_of][Rows][MostWords / 2];
 };
 
 // A tile of a structured matrix.
@@ -285,7 +301,7 @@ class StructuredTile {
     }
 
     void add(int64_t word, int64_t count) {
-        rows_.decode(tile_, word, count);
+        rows_.decode(tile_.row, least(Tile<I>::rows, tile_.n - tile_.row), word, count);
         rows_.load(Rows::kept, count, plane_[0]);
         rows_.load(Rows::negative, count, plane_[1]);
         if (w_.regions_count > 1) rows_.load(Rows::ones, count, plane_[2]);
