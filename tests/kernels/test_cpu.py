@@ -381,7 +381,7 @@ ROW_BY_ROW: dict[str, Make] = {
     "sign, one group": sign_planes(mean=True),
     "sign, groups of 384": sign_planes(group=384, mean=True),
     "sign, groups of 64": sign_planes(group=64, mean=True, dtype=torch.bfloat16),
-    "sign, groups of 32": sign_planes(planes=2, group=32, dtype=torch.float32),
+    "sign, groups of 32": sign_planes(planes=2, group=32),
     "split": split_planes(group=128, mean=True),
     "split, one group": split_planes(mean=True, salient=0.03),
     "split, groups of 64": split_planes(group=64),

@@ -46,6 +46,7 @@ void SalientLists::pick(const SalientColumns& salient, int64_t m, int64_t group_
     SalientPick& pick = blocks.pick;
     pick.sets = most <= 16 && (one_group || group_size % 128 == 0) ? 2 : 4;
     pick.used = (most + 7) / 8;
+    pick.chunks = chunks;
     blocks.count = (windows * pick.sets + 63) / 64;
     possible = most <= 32 && (one_group || group_size % 64 == 0) && blocks.count <= kMostBlocks;
     if (!possible) return;

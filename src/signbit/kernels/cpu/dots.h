@@ -66,6 +66,7 @@ struct SignDots {
 struct SalientPick {
     int64_t sets;      // 2 sets of two windows make a word, or 4 of one
     int64_t used;      // of the sets
+    int64_t chunks;    // of a row
     const uint8_t* select;  // [chunks][used][64]: of each window, which columns
 };
 struct CompactBlock {

@@ -156,9 +156,13 @@ struct RowsOfBits {
     const uint8_t* row[Rows];
     int64_t words, ahead;
 
-    // base: of the plane's first row.
-    RowsOfBits(const Plane& plane, const int64_t* rows, int64_t base = 0)
+    // Of a plane in memory; what follows is fetched ahead.
+    RowsOfBits(const Plane& plane, const int64_t* rows)
         : words(plane.row_bytes / 4), ahead(kDotRows * plane.row_bytes) {
+        for (int r = 0; r < Rows; r++) row[r] = plane.data + rows[r] * plane.row_bytes;
+    }
+    // Of a buffer that begins with row ``base``.
+    RowsOfBits(const Plane& plane, const int64_t* rows, int64_t base) : words(plane.row_bytes / 4), ahead(0) {
         for (int r = 0; r < Rows; r++) row[r] = plane.data + (rows[r] - base) * plane.row_bytes;
     }
     // Words from 16 * chunk on, as many as there are.

@@ -36,7 +36,7 @@ class SalientBits {
         for (int64_t i = 0; i < blocks.count; i++) _mm512_store_si512(to + 64 * i, _mm512_setzero_si512());
         const uint8_t* select = pick.select;
         int64_t window = 0;
-        for (int64_t chunk = 0; kChunkWords * chunk < words; chunk++, window += 8) {
+        for (int64_t chunk = 0; chunk < pick.chunks; chunk++, window += 8) {
             if (window == in_set) {
                 window = 0;
                 to += 64;

@@ -163,21 +163,21 @@ class DecodedRows {
     }
     static void touch(const Plane& plane, int64_t row, int64_t from, int64_t bytes) {
         const uint8_t* at = plane.data + row * plane.row_bytes + from;
-        for (int64_t i = 0; i <= bytes; i += 64) I::prefetch(at + i);
+        for (int64_t i = 0; i <= least(bytes, plane.row_bytes - from); i += 64) I::prefetch(at + i);
     }
 
     static constexpr int64_t ahead = 64;  // bytes that may be read behind what is asked for
 
-    // Bytes of a row, from one on. The last rows of a plane are copied, as there is nothing to read behind them.
+    // So many bytes of a row, from one on. The last rows of a plane are copied, as there is nothing to read behind them.
     struct Source {
         const uint8_t* bytes;
         uint8_t copy[MostWords * 8 + 2 * ahead];
 
-        Source(const Plane& plane, int64_t n, int64_t row, int64_t from) {
+        Source(const Plane& plane, int64_t n, int64_t row, int64_t from, int64_t count) {
             bytes = plane.data + row * plane.row_bytes + from;
-            const int64_t left = (n - row) * plane.row_bytes - from, most = static_cast<int64_t>(sizeof copy);
-            if (left >= most) return;
-            for (int64_t i = 0; i < most; i++) copy[i] = i < left ? bytes[i] : 0;
+            const int64_t left = (n - row) * plane.row_bytes - from, needed = count + ahead;
+            if (left >= needed) return;
+            for (int64_t i = 0; i < needed; i++) copy[i] = i < left ? bytes[i] : 0;
             bytes = copy;
         }
     };
@@ -187,7 +187,7 @@ class DecodedRows {
         const int64_t each = w_.kept, cells = w_.cells, cursor = first * each;
         uint64_t columns[MostWords / 2];
         const int64_t rank_bit = first * cells * w_.rank_bits;
-        const Source ranks(w_.ranks, w_.n, row, rank_bit / 8);
+        const Source ranks(w_.ranks, w_.n, row, rank_bit / 8, (count * cells * w_.rank_bits + 7) / 8 + 1);
         if (w_.of == 8) {
             StructuredOperations<I>::kept_of_8(w_, ranks.bytes, count, columns);
         } else {
@@ -200,17 +200,18 @@ class DecodedRows {
                 }
             }
         }
-        const Source signs(w_.signs, w_.n, row, cursor / 8);
+        const int64_t kept_bytes = (count * each + 7) / 8 + 1;
+        const Source signs(w_.signs, w_.n, row, cursor / 8, kept_bytes);
         for (int64_t i = 0; i < count; i++) bits_[kept][at][i] = little_endian(columns[i]);
         spread(signs.bytes, cursor % 8, each, count, columns, bits_[negative][at]);
         if (w_.regions_count == 2) {
-            const Source regions(w_.regions, w_.n, row, cursor / 8);
+            const Source regions(w_.regions, w_.n, row, cursor / 8, kept_bytes);
             spread(regions.bytes, cursor % 8, each, count, columns, bits_[ones][at]);
         } else if (w_.regions_count == 3) {
             uint8_t planes[2][MostWords * 4 + 2 * ahead];
             const int64_t skip = cursor % kTritsPerByte;
-            const Source regions(w_.regions, w_.n, row, cursor / kTritsPerByte);
             const int64_t bytes = (skip + count * each + kTritsPerByte - 1) / kTritsPerByte;
+            const Source regions(w_.regions, w_.n, row, cursor / kTritsPerByte, bytes);
             StructuredOperations<I>::trits(w_, regions.bytes, bytes, planes[0], planes[1]);
             spread(planes[0], skip, each, count, columns, bits_[ones][at]);
             spread(planes[1], skip, each, count, columns, bits_[twos][at]);

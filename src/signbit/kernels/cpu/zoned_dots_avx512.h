@@ -18,7 +18,7 @@ struct ZonedProduct {
     const Plane &signs, &zones;
     const ZonedSet& set;
     const Chunk<Digits>* x;
-    int64_t base;  // the planes' first row
+    int64_t base;  // the first row in buffers of salient columns; -1: planes in memory
 
     using Numbers = RowsCoefficients<rows, Vectors>;
     struct Sums {
@@ -26,7 +26,7 @@ struct ZonedProduct {
     };
 
     void add(const int64_t* row, int64_t from, int64_t upto, __m512* parts) const {
-        const RowsOfBits<rows> A(signs, row, base), C(zones, row, base);
+        const RowsOfBits<rows> A = bits_of(signs, row), C = bits_of(zones, row);
         Numbers scales(set.scales, row), means(set.means, row);
         __m512 product[rows] = {};
         for (int64_t chunk = from; chunk < upto; chunk++) {
@@ -63,6 +63,9 @@ struct ZonedProduct {
     }
 
    private:
+    RowsOfBits<rows> bits_of(const Plane& plane, const int64_t* row) const {
+        return base < 0 ? RowsOfBits<rows>(plane, row) : RowsOfBits<rows>(plane, row, base);
+    }
     [[gnu::always_inline]] __m512 add_band(const Sums& sums, __m512i all, const Numbers& scales, const Numbers& means,
                                            int row, int band,
                                            __m512 to) const {
@@ -84,7 +87,7 @@ void split_dots_rows(const void* matrix, const Activations* kinds, int64_t first
                      int64_t stride) {
     const SplitDots& w = *static_cast<const SplitDots*>(matrix);
     for (int64_t token = 0; token < kinds[0].tokens; token++) {
-        const ZonedProduct<Digits, 1> ordinary{w.signs, w.zones, w.ordinary, chunks_of<Digits>(kinds[0], token), 0};
+        const ZonedProduct<Digits, 1> ordinary{w.signs, w.zones, w.ordinary, chunks_of<Digits>(kinds[0], token), -1};
         for (int64_t row = first; row < last; row += kDotRows) {
             const int64_t count = least(last - row, kDotRows);
             __m512 sum = rows_product(ordinary, row, count, chunks_in(kinds[0]));
@@ -116,8 +119,8 @@ void haar_dots_rows(const void* matrix, const Activations* kinds, int64_t first,
     const HaarDots& w = *static_cast<const HaarDots*>(matrix);
     for (int64_t token = 0; token < kinds[0].tokens; token++) {
         const Chunk<Digits>* x = chunks_of<Digits>(kinds[0], token);
-        const ZonedProduct<Digits, 2> bands{w.signs, w.zones, w.ordinary, x, 0};
-        const ZonedProduct<Digits, 1> whole{w.signs, w.zones, w.ordinary, x, 0};
+        const ZonedProduct<Digits, 2> bands{w.signs, w.zones, w.ordinary, x, -1};
+        const ZonedProduct<Digits, 1> whole{w.signs, w.zones, w.ordinary, x, -1};
         for (int64_t row = first; row < last; row += kDotRows) {
             const int64_t count = least(last - row, kDotRows), chunks = chunks_in(kinds[0]);
             __m512 plain = _mm512_setzero_ps(), paired = plain;
