@@ -51,9 +51,6 @@ struct Dots {
 }
 
 [[gnu::always_inline]] inline __m512 floats(__m512i integers) { return _mm512_cvtepi32_ps(integers); }
-[[gnu::always_inline]] inline __m512 minus_twice(__m512 a, __m512 b) {  // a - 2 b
-    return _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), b, a);
-}
 
 // Byte 8b + i of 512 to byte b of vector i: bytes within vectors first, then their 64-bit words between vectors.
 class ByBit {
@@ -195,16 +192,15 @@ class RowsCoefficients {
     RowsCoefficients(const GroupCoefficients& of, const int64_t* rows) : of_(of) {
         for (int r = 0; r < Rows; r++) start_[r] = rows[r] * of.of.per_row;
     }
+    // Also where they are those of the chunk before: a branch here makes GCC leave prefetches of bits out.
     [[gnu::always_inline]] void load(int64_t chunk) {
         const ChunkGroups& groups = of_.chunks[chunk];
         place_ = _mm512_load_si512(groups.place);
-        if (groups.first == first_) return;
-        first_ = groups.first;
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; r++) {
 #pragma GCC unroll 2
             for (int v = 0; v < Vectors; v++) {
-                const int64_t at = first_ + 16 * v;
+                const int64_t at = groups.first + 16 * v;
                 some_[r][v] = load_coefficients(of_.of, start_[r] + at, of_.of.per_row - at);
             }
         }
@@ -219,7 +215,6 @@ class RowsCoefficients {
    private:
     const GroupCoefficients& of_;
     int64_t start_[Rows];
-    int32_t first_ = -1;
     __m512i place_;
     __m512 some_[Rows][Vectors];
 };
