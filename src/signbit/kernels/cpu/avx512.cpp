@@ -239,8 +239,7 @@ namespace avx512 {
 constexpr Isa with_dots() {
     Isa isa = isa_of<Avx512>("avx512", supported);
     isa.prepare[static_cast<int>(Form::digits)] = prepare_digits;
-    isa.sign_dots[0] = sign_dots_rows<kDigits[0]>;
-    isa.sign_dots[1] = sign_dots_rows<kDigits[1]>;
+    isa.sign_dots = sign_dots_rows;
     isa.split_dots[0] = split_dots_rows<kDigits[0]>;
     isa.split_dots[1] = split_dots_rows<kDigits[1]>;
     isa.structured_dots[0] = structured_dots_rows<kDigits[0]>;

@@ -98,7 +98,8 @@ struct Isa {
     Prepare prepare[kForms];
     Rows sign_planes[2];     // exact, int8; each layout's rows [first, last): y[token * stride + row]
     // Times few tokens; null where lookups are as fast.
-    Rows sign_dots[2], split_dots[2], haar_dots[2], structured_dots[2], partial_dots[2];
+    Rows sign_dots;  // in 8 bits
+    Rows split_dots[2], haar_dots[2], structured_dots[2], partial_dots[2];
     Rows coded[2];
     Rows integers[2];
     Rows structured[2];

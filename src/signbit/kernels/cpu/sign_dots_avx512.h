@@ -1,4 +1,4 @@
-// Sign planes times few tokens, with AVX-512 (dots.h).
+// Sign planes times few tokens in 8 bits, with AVX-512 (dots.h).
 //
 //     y = sum over words of 32 columns of  mean T  +  sum over planes of  scale (T - 2 S)
 
@@ -9,11 +9,11 @@
 namespace kernels {
 namespace avx512 {
 
-template <int Digits>
+template <bool Grouped>
 struct SignProduct {
     static constexpr int rows = 4;
     const SignDots& w;
-    const Chunk<Digits>* x;
+    const Chunk<1>* x;
 
     void add(const int64_t* row, int64_t from, int64_t upto, __m512* parts) const {
         for (int64_t plane = 0; plane < w.planes; plane++) {
@@ -23,8 +23,8 @@ struct SignProduct {
             for (int64_t chunk = from; chunk < upto; chunk++) {
                 __m512i bits[rows];
                 signs.load(chunk, bits);
-                scales.load(chunk);
-                Dots<Digits> negative[rows];
+                if (Grouped) scales.load(chunk);
+                Dots<1> negative[rows];
 #pragma GCC unroll 8
                 for (int i = 0; i < 8; i++) {
 #pragma GCC unroll 4
@@ -34,11 +34,15 @@ struct SignProduct {
 #pragma GCC unroll 4
                 for (int r = 0; r < rows; r++) {
                     const __m512i own = _mm512_sub_epi32(sum, _mm512_slli_epi32(negative[r].total(), 1));
-                    const __m512 scale = _mm512_mul_ps(scales.at(r, 0), x[chunk].step);
+                    const __m512 scale = Grouped ? _mm512_mul_ps(scales.at(r, 0), x[chunk].step) : x[chunk].step;
                     product[r] = _mm512_fmadd_ps(scale, floats(own), product[r]);
                 }
             }
-            for (int r = 0; r < rows; r++) parts[r] = _mm512_add_ps(parts[r], product[r]);
+            if (!Grouped) scales.load(from);
+            for (int r = 0; r < rows; r++) {
+                parts[r] = Grouped ? _mm512_add_ps(parts[r], product[r])
+                                   : _mm512_fmadd_ps(scales.at(r, 0), product[r], parts[r]);
+            }
         }
         if (w.means.of.data) add_means(row, from, upto, parts);
     }
@@ -53,13 +57,15 @@ struct SignProduct {
     }
 };
 
-template <int Digits>
-void sign_dots_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
-                    int64_t stride) {
+inline void sign_dots_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
+                           int64_t stride) {
     const SignDots& w = *static_cast<const SignDots*>(matrix);
+    const int64_t chunks = chunks_in(kinds[0]);
     for (int64_t token = 0; token < kinds[0].tokens; token++) {
-        const SignProduct<Digits> product{w, chunks_of<Digits>(kinds[0], token)};
-        dot_rows(product, first, last, chunks_in(kinds[0]), y + token * stride);
+        const Chunk<1>* x = chunks_of<1>(kinds[0], token);
+        float* out = y + token * stride;
+        if (kinds[0].runs > 1) dot_rows(SignProduct<true>{w, x}, first, last, chunks, out);
+        else dot_rows(SignProduct<false>{w, x}, first, last, chunks, out);
     }
 }
 

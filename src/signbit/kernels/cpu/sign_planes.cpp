@@ -42,7 +42,8 @@ struct SignDotsMatrix : SignPlanesMatrix {
         return possible;
     }
     Form form(int64_t) const override { return Form::digits; }
-    Rows rows(const Isa& isa, bool int8) const override { return isa.sign_dots[int8]; }
+    // Exact, three digits take longer than lookups, which share their tables between planes.
+    Rows rows(const Isa& isa, bool int8) const override { return int8 ? isa.sign_dots : nullptr; }
     const void* self() const override { return &dots; }
 };
 
