@@ -86,9 +86,17 @@ def quantize(
 
 def target_of(out: str | Path) -> Path:
     """``out`` with symbolic links followed, so that what they point to is replaced and not they."""
-    if not str(out) or not Path(out).resolve().name:
-        raise SignbitError(f"{str(out)!r} is not a directory to write a checkpoint to")
-    return Path(out).expanduser().resolve()
+    try:
+        str(out).encode()  # the libraries that write into it take nothing else
+        target = Path(out).expanduser().resolve()
+        target.parent.is_dir()
+    except UnicodeEncodeError as error:
+        raise SignbitError(f"{str(out)!r} is not UTF-8: choose another name") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a circle of links, an unknown ~user
+        raise SignbitError(f"{str(out)!r} cannot be written to: {error}") from error
+    if not str(out) or not target.name:
+        raise SignbitError(f"{str(out)!r} is no place to write to: give it a name")
+    return target
 
 
 def _quantize(job: Job, out: Path, resume: bool, overwrite: bool) -> QuantizationReport:

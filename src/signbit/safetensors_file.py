@@ -5,6 +5,7 @@ Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape,
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -143,6 +144,12 @@ def atomic_file(file: Path) -> Iterator[Path]:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(file: Path) -> None:
+    """Remove what :func:`atomic_file` has left of ``file`` where a process was killed. Nobody may be writing it."""
+    for left in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
+        left.unlink()
 
 
 def write_text(file: Path, text: str) -> None:

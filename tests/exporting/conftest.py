@@ -30,6 +30,7 @@ WIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**_EXPERTS, "num_local_experts": 4}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 128}),
+    "qwen3 biases": ("Qwen3Config", {"head_dim": 128, "attention_bias": True}),
     "qwen3_moe": ("Qwen3MoeConfig", _MOE),
     "yarn": ("LlamaConfig", {"rope_parameters": {**_ROPE, "rope_type": "yarn", "factor": 4.0}}),
     "gelu": ("LlamaConfig", {"hidden_act": "gelu"}),

@@ -1,6 +1,7 @@
 """``signbit export`` on the command line."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,42 @@ def test_tables_and_json(wide_dir: MakeDir, tmp_path: Path, capsys: pytest.Captu
     assert "split_planes" in said.err
     assert call("export", model, "--to", "dense", "--out", tmp_path / "dense", "--dtype", "float16") == 0
     assert "float16" in capsys.readouterr().err
+
+
+def test_places_that_cannot_be_written(wide_dir: MakeDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    circle, file = tmp_path / "circle.gguf", tmp_path / "file"
+    circle.symlink_to(circle)
+    file.touch()
+    for out, message in (
+        (circle, "cannot be written to"),
+        (tmp_path / ("a" * 300) / "out.gguf", "cannot be written to"),
+        (tmp_path / "\udcff.gguf", "is not UTF-8"),
+        (file / "out.gguf", "file is not a directory"),
+        (tmp_path / "no" / "out.gguf", "does not exist: create it first"),
+        ("/", "is no place to write to"),
+    ):
+        assert call("export", wide_dir("llama"), "--to", "gguf", "--out", out) == 2, out
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [circle, file]
+
+
+@pytest.mark.parametrize(("form", "name"), [("gguf", "out.gguf"), ("dense", "out")])
+def test_no_room(form: str, name: str, wide_dir: MakeDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file system refuses in the middle of the weights: what was there stays, and nothing is left beside it."""
+    model, out = wide_dir("llama"), tmp_path / name
+    assert call("export", model, "--to", form, "--out", out) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        assert call("export", model, "--to", form, "--out", out, "--overwrite") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "Make room; nothing was written" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """``export --to gguf``: the file as gguf's own reader sees it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from gguf import GGUFReader
 import signbit
 from q1_0 import decode_q1_0
 from signbit import SignbitError
+from signbit.journal import Journal
 from tiny import VOCAB, tokenizer
 
 MakeDir = Callable[..., Path]
@@ -78,6 +80,25 @@ def test_experts_are_stacked(wide_dir: MakeDir, tmp_path: Path) -> None:
         assert np.array_equal(decode_q1_0(found.data[2]), expected)
 
 
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_packed_experts_beside_others(left_out: int, wide_dir: MakeDir, tmp_path: Path) -> None:
+    """They share a tensor, so the packed ones are not written as they are: not unless a type is named."""
+    checkpoint, out = wide_dir("mixtral", skip=[f"*.experts.{left_out}.*"]), tmp_path / "out.gguf"
+    with pytest.raises(SignbitError, match=r"12 matrices .*12: experts that are not packed share the tensor"):
+        signbit.export(checkpoint, out, to="gguf")
+    types = signbit.export(checkpoint, out, to="gguf", type="f32")["types"]
+    assert {kind: (found["matrices"], found["exact"]) for kind, found in types.items()} == {
+        "q1_0": (8, 8),
+        "f32": (12, 12),
+    }
+    up = tensors_of(out)["blk.1.ffn_up_exps.weight"].data
+    experts = signbit.load(checkpoint)[0].get_submodule("model.layers.1.mlp.experts")
+    for index in range(4):
+        linear = experts.get_submodule(f"{index}.gate_up_proj")
+        rows = linear.weight if index == left_out else linear.packed.dequantize()
+        assert np.array_equal(up[index], rows.detach().numpy()[384:]), index
+
+
 def test_what_does_not_map_is_explained_and_dequantized_if_asked(wide_dir: MakeDir, tmp_path: Path) -> None:
     checkpoint, out = wide_dir("llama", method="billm"), tmp_path / "out.gguf"
     with pytest.raises(SignbitError, match=r"14 matrices .* no exact type in GGUF .*split_planes.* --type \(f32, f16"):
@@ -122,6 +143,8 @@ def test_refusals(wide_dir: MakeDir, packed_dir: MakeDir, tiny_dir: MakeDir, tmp
     refused(packed_dir("qwen3_moe"), "layers all have experts")
     refused(wide_dir("yarn"), "rotary positions of kind 'yarn' are not exported")
     refused(wide_dir("gelu"), "with silu, not gelu")
+    refused(wide_dir("qwen3 biases"), "gives the attention of qwen3 models no biases")
+    refused(tiny_dir("qwen3", dtype=torch.float64), "is torch.float64, which llama.cpp does not compute with")
     refused(packed_dir("llama"), "72 columns, and q4_0 is made of blocks of 32: use --type f16", type="q4_0")
     refused(tiny_dir("llama"), "nothing is packed in", type="f16")
     refused(wide_dir("llama"), "type 'q3' is none of", type="q3")
@@ -136,6 +159,30 @@ def test_overwriting(wide_dir: MakeDir, tmp_path: Path) -> None:
         signbit.export(wide_dir("llama"), out, to="gguf")
     signbit.export(wide_dir("llama"), out, to="gguf", overwrite=True)
     assert out.read_bytes() == before
+
+
+def test_only_gguf_files_are_overwritten(wide_dir: MakeDir, tmp_path: Path) -> None:
+    out, pipe = tmp_path / "out.gguf", tmp_path / "pipe.gguf"
+    out.write_bytes(b"letters")
+    os.mkfifo(pipe)
+    for path in (out, pipe):
+        with pytest.raises(SignbitError, match="is no GGUF file: it is not overwritten"):
+            signbit.export(wide_dir("llama"), path, to="gguf", overwrite=True)
+    assert out.read_bytes() == b"letters"
+    assert sorted(tmp_path.iterdir()) == [out, pipe]
+
+
+def test_what_a_killed_export_left_is_removed(wide_dir: MakeDir, tmp_path: Path) -> None:
+    (tmp_path / ".out.gguf.123.tmp").write_bytes(b"GGUF")
+    (tmp_path / "signbit-weights-out.gguf-abcd1234").mkdir()
+    (tmp_path / ".other.gguf.123.tmp").write_bytes(b"GGUF")
+    signbit.export(wide_dir("llama"), tmp_path / "out.gguf", to="gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.gguf.123.tmp", "out.gguf"]
+
+
+def test_one_export_at_a_time(wide_dir: MakeDir, tmp_path: Path) -> None:
+    with Journal(tmp_path / "out.gguf").locked(), pytest.raises(SignbitError, match="another run is writing"):
+        signbit.export(wide_dir("llama"), tmp_path / "out.gguf", to="gguf")
 
 
 def test_an_original_keeps_its_numbers(tiny_dir: MakeDir, tmp_path: Path) -> None:

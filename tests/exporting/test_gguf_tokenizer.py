@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from signbit import SignbitError
@@ -55,6 +55,15 @@ def test_cuts() -> None:
 def test_unknown_cuts_are_refused(step: Any) -> None:
     with pytest.raises(SignbitError, match="not known to be one of llama"):
         write(byte_level(step))
+
+
+def test_text_is_not_changed_first() -> None:
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert write(tokenizer)["tokenizer_pre"] == "gpt-2"
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(SignbitError, match="its normalizer is Lowercase"):
+        write(tokenizer)
 
 
 def test_rows_without_tokens_and_tokens_without_rows() -> None:

@@ -25,7 +25,7 @@ from signbit.exporting.unpacked import Unpacked, open_unpacked
 from signbit.journal import Journal, run_failed
 from signbit.pipeline import target_of
 from signbit.progress import Progress, Silent
-from signbit.safetensors_file import write_text
+from signbit.safetensors_file import remove_temporaries, write_text
 from signbit.source import remove_workspaces, resolve
 from signbit.version import __version__
 
@@ -63,7 +63,8 @@ def export(
         raise SignbitError("dtype is for dense exports: gguf takes a type")
     model, target = str(model), target_of(out)
     if not target.parent.is_dir():
-        raise SignbitError(f"{target.parent} does not exist: create it first")
+        wrong = "is not a directory" if target.parent.exists() else "does not exist: create it first"
+        raise SignbitError(f"{target.parent} {wrong}")
     if resolve(model).resolve().is_relative_to(target):
         raise SignbitError(f"the model lies in {out}, which is to be written: choose another place")
     try:
@@ -113,13 +114,26 @@ def _to_gguf(
         raise SignbitError(f"{out.name} should end in .gguf, by which programs know such files")
     if out.exists() and not overwrite:
         raise SignbitError(f"{out} already exists: choose another file, or replace it with --overwrite")
-    with closing(open_unpacked(model, trust_remote_code=trust_remote_code, beside=out)) as opened:
-        written = gguf_file.write_file(opened, out, type, progress)
-        return {**_record(opened, "gguf"), **written, "bytes": out.stat().st_size}
+    if out.exists() and not _is_gguf(out):
+        raise SignbitError(f"{out} is no GGUF file: it is not overwritten, choose another name")
+    with Journal(out).locked():
+        remove_workspaces(out)
+        remove_temporaries(out)
+        with closing(open_unpacked(model, trust_remote_code=trust_remote_code, beside=out)) as opened:
+            written = gguf_file.write_file(opened, out, type, progress)
+            return {**_record(opened, "gguf"), **written, "bytes": out.stat().st_size}
 
 
 def _record(opened: Unpacked, to: str) -> dict[str, Any]:
     return {"model": opened.name, "to": to, "signbit": __version__}
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether it is what its name says. A pipe is not, and is not read."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
 
 
 def _is_export(path: Path) -> bool:

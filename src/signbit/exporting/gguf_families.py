@@ -53,6 +53,8 @@ def family_of(config: PreTrainedConfig) -> Family:
         raise SignbitError(f"llama.cpp runs {kind} models with silu, not {activation}: export to dense instead")
     if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
         raise SignbitError(f"llama.cpp runs {kind} models whose layers all have experts: export to dense instead")
+    if FAMILIES[kind].arch != MODEL_ARCH.LLAMA and getattr(config, "attention_bias", False):
+        raise SignbitError(f"llama.cpp gives the attention of {kind} models no biases: export to dense instead")
     if kind == "qwen3_moe" and not config.norm_topk_prob:
         raise SignbitError(f"llama.cpp runs {kind} models with norm_topk_prob=true: export to dense instead")
     return FAMILIES[kind]

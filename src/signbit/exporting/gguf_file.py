@@ -127,16 +127,17 @@ class _Plan:
         experts = sorted((part.index, key) for key, part in model.slices.items() if part.name == name)
         sources = [key for _, key in experts] or [name]
         modules = [key.rpartition(".")[0] if key.endswith(".weight") else "" for key in sources]
-        packed = all(module in model.layers for module in modules)
+        packed = [module for module in modules if module in model.layers]
         parts = tuple(
-            _Part(module if packed else key, packed, half) for key, module in zip(sources, modules, strict=True)
+            _Part(module, True, half) if module in model.layers else _Part(key, False, half)
+            for key, module in zip(sources, modules, strict=True)
         )
         if not packed:
             parts = (_Part(name, False, half),)
         shape = list(model.empty[name].shape)
         if half is not None:
             shape[-2] //= 2
-        kind, exact = self._choose(name, modules if packed else [], len(shape), counted=not half)
+        kind, exact = self._choose(name, packed, len(shape), mixed=len(packed) < len(parts), counted=not half)
         block = gguf.GGML_QUANT_SIZES[kind][0]
         if shape[-1] % block:
             raise SignbitError(
@@ -145,14 +146,22 @@ class _Plan:
         heads = self._heads(owner)
         return _Entry(f"{target}{suffix}", parts, tuple(shape), kind, exact, bool(experts), heads)
 
-    def _choose(self, name: str, modules: list[str], ndim: int, counted: bool) -> tuple[Type, bool]:
-        """The type of a tensor, and whether packed matrices, ``modules``, are written as they are."""
+    def _choose(self, name: str, modules: list[str], ndim: int, mixed: bool, counted: bool) -> tuple[Type, bool]:
+        """The type of a tensor, and whether its packed matrices, ``modules``, are written as they are. mixed: others
+        are beside them, experts that ``skip`` left out."""
         if ndim == 1:
             return Type.F32, False
         if not modules:
-            return _KEPT[self._model.stored_dtype(name)], False
+            stored = self._model.stored_dtype(name)
+            if stored not in _KEPT:
+                raise SignbitError(
+                    f"{name} is {stored}, which llama.cpp does not compute with: export to dense instead"
+                )
+            return _KEPT[stored], False
         found = [exact_type(layout) for module in modules if (layout := self._model.layout(module)) is not None]
         reasons = [reason for reason in found if isinstance(reason, str)]
+        if mixed:
+            reasons = ["experts that are not packed share the tensor"]
         if not reasons and len(set(found)) == 1:
             kind = found[0]
             assert isinstance(kind, Type)

@@ -53,6 +53,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
         writer.add_token_scores(_scores(names, types))
         writer.add_add_space_prefix(tokenizer.tokenize("a")[:1] == ["▁a"])
     else:
+        _refuse_normalizer(description)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_cut_name(description))
         writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
@@ -97,6 +98,17 @@ def _scores(names: list[str], types: list[TokenType]) -> list[float]:
             scores[index] = -float(rank)
             rank += 1
     return scores
+
+
+def _refuse_normalizer(description: dict[str, Any]) -> None:
+    """llama.cpp changes no text before it cuts it. NFC is let through: nearly all text is in that form already, and its
+    own converter does the same with Qwen's."""
+    kind = (description["normalizer"] or {"type": "NFC"})["type"]
+    if kind != "NFC":
+        raise SignbitError(
+            f"the tokenizer changes text first (its normalizer is {kind}), which llama.cpp does not: export to dense "
+            "instead"
+        )
 
 
 def _cut_name(description: dict[str, Any]) -> str:

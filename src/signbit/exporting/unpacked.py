@@ -77,7 +77,10 @@ class Unpacked:
         return self._stored(of_experts[0] if of_experts else name).dtype
 
     def tensor(self, name: str) -> Tensor:
-        """The parameter ``name``: float32 where it was packed, as it is stored where not."""
+        """The parameter ``name``, or an expert's, by the name it has one by one: float32 where it was packed, as it is
+        stored where not."""
+        if name in self.slices:
+            return self._plain(name)
         parts = sorted((key for key, part in self.slices.items() if part.name == name), key=self._expert)
         if parts:
             return torch.stack([self._of_expert(key) for key in parts])
