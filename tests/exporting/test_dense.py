@@ -1,6 +1,7 @@
 """``export --to dense``: what plain transformers makes of it, without signbit, is what signbit computes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -142,6 +143,21 @@ def test_nothing_is_left_of_what_fails(packed_dir: MakeDir, tmp_path: Path, monk
     with pytest.raises(SignbitError, match="No space left on device"):
         signbit.export(packed_dir("llama"), tmp_path / "out", to="dense")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint(packed_dir: MakeDir, tmp_path: Path) -> None:
+    """Nothing is left out in silence, and no reading error is called a full disk."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(packed_dir("llama"), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(SignbitError, match=r"layers\.1\..* is packed, but config\.json makes a model without it"):
+        signbit.export(checkpoint, tmp_path / "out", to="dense")
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "generation_config.json").write_text("{")
+    with pytest.raises(SignbitError, match=r"generation_config\.json cannot be read"):
+        signbit.export(checkpoint, tmp_path / "out", to="dense")
+    assert list(tmp_path.iterdir()) == [checkpoint]
 
 
 def test_what_no_plain_model_does(packed_dir: MakeDir, tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:

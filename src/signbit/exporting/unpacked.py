@@ -145,8 +145,16 @@ def _open_checkpoint(name: str, path: Path, trust_remote_code: bool) -> Unpacked
     corrected = {f"{module}.bias" for module, layer in layers.items() if layer.get("bias")}
     skeleton = _with_biases(name, config, corrected, trust_remote_code)
     if (path / "generation_config.json").is_file():
-        skeleton.generation_config = GenerationConfig.from_pretrained(path)
-    slices = unfuse_experts(copy.deepcopy(skeleton))
+        try:
+            skeleton.generation_config = GenerationConfig.from_pretrained(path)
+        except (OSError, ValueError, TypeError) as error:
+            raise SignbitError(f"{path / 'generation_config.json'} cannot be read: {first_line(error)}") from error
+    unfused = copy.deepcopy(skeleton)
+    slices = unfuse_experts(unfused)
+    known = unfused.state_dict()
+    for module in layers:
+        if f"{module}.weight" not in known:
+            raise SignbitError(f"{module} of {name} is packed, but config.json makes a model without it")
     return Unpacked(
         name=name,
         skeleton=skeleton,
