@@ -22,9 +22,9 @@ def matmul(x: Tensor, layout: Layout, int8: bool) -> Tensor:
     """``x @ W.T`` for x ``[..., in]``, in x's dtype.
 
     With activations in 8 bits a kernel is taken however many tokens there are: results do not depend on how many come
-    together, but for the rounding of sums and, in layouts with salient columns, of these columns' activations, which one
-    or two tokens share a step for otherwise than more do. The kernels for GPUs take activations as they are, and are asked only with
-    SIGNBIT_TRITON=1: they are tested in Triton's interpreter, and have not run on a GPU yet.
+    together, but for the rounding of sums and, in layouts with salient columns, of these columns' activations, which
+    one or two tokens share a step for otherwise than more do. The kernels for GPUs take activations as they are, and
+    are asked only with SIGNBIT_TRITON=1: they are tested in Triton's interpreter, and have not run on a GPU yet.
     """
     if x.is_cuda:
         kernels = triton_kernels() if os.environ.get("SIGNBIT_TRITON") == "1" else None
