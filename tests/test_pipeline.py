@@ -28,6 +28,7 @@ from signbit.blockwise import calibrate, linears
 from signbit.calibration.capture import BlockInputs
 from signbit.cli import main
 from signbit.journal import Journal
+from signbit.precision import fast_float32
 from signbit.source import Source, open_source
 from tiny import SMALL_RECIPE, build
 
@@ -72,7 +73,7 @@ def test_quantized_blocks_feed_the_next(
     seen: list[torch.Tensor] = []
     last = model.get_submodule(find_blocks(build(family))[0])[-1]
     last.register_forward_hook(lambda _m, _i, y: seen.append(y[0] if isinstance(y, tuple) else y))
-    with torch.no_grad():
+    with torch.no_grad(), fast_float32():
         for batch in tokens:
             model(batch, use_cache=False)
     assert sum(len(batch) for batch in tokens) == 8
