@@ -27,10 +27,8 @@ struct Avx512 {
     static U without(U a, U b) { return _mm512_andnot_si512(b, a); }
     static U left(U a, int by) { return _mm512_sllv_epi32(a, _mm512_set1_epi32(by)); }
     static U right(U a, int by) { return _mm512_srlv_epi32(a, _mm512_set1_epi32(by)); }
-    // Always inlined: GCC takes a function that only fetches ahead for one without effects, and leaves calls of it out.
-    [[gnu::always_inline]] static void prefetch(const void* at) {
-        _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
-    }
+    // Not _mm_prefetch: GCC takes what only fetches ahead for something without effects, and leaves much of it out.
+    static void prefetch(const void* at) { asm volatile("prefetcht0 (%0)" : : "r"(at)); }
 
     static void store(float* to, F value, int64_t count) {
         _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), value);

@@ -25,7 +25,7 @@ namespace kernels {
 
 constexpr int64_t kChunkWords = 16;
 // What digits of a chunk take: exact, int8 (Chunk in dots_avx512.h).
-constexpr int64_t kChunkBytes[2] = {64 * (8 * 3 + 3), 64 * (8 + 3)};
+constexpr int64_t kChunkBytes[2] = {64 * (8 * 3 + 4), 64 * (8 + 4)};
 constexpr int kDigits[2] = {3, 1};
 
 // Where the words of a chunk find their group's first coefficient in a row of them, counted from the first.

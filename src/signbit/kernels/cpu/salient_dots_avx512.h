@@ -89,10 +89,10 @@ struct ResidualProduct {
     const Chunk<Digits>* x;
     int64_t base;  // the planes' first row
 
-    void add(const int64_t* row, int64_t from, int64_t upto, __m512* parts) const {
+    void add(const SideBySide<rows>& row, __m512* parts) const {
         const RowsOfBits<rows> K(Kept ? kept : negative, row, base), N(negative, row, base), Z(residual, row, base);
         RowsCoefficients<rows, 2> scale(scales, row), mean(means, row);
-        for (int64_t chunk = from; chunk < upto; chunk++) {
+        for (int64_t chunk = row.from; chunk < row.upto; chunk++) {
             __m512i k[rows], n[rows], z[rows];
             if (Kept) K.load(chunk, k);
             N.load(chunk, n);

@@ -15,44 +15,51 @@ struct SignProduct {
     const SignDots& w;
     const Chunk<1>* x;
 
-    void add(const int64_t* row, int64_t from, int64_t upto, __m512* parts) const {
-        for (int64_t plane = 0; plane < w.planes; plane++) {
-            const RowsOfBits<rows> signs(w.signs[plane], row);
-            RowsCoefficients<rows> scales(w.scales[plane], row);
-            __m512 product[rows] = {};
-            for (int64_t chunk = from; chunk < upto; chunk++) {
-                __m512i bits[rows];
-                signs.load(chunk, bits);
-                if (Grouped) scales.load(chunk);
-                Dots<1> negative[rows];
-#pragma GCC unroll 8
-                for (int i = 0; i < 8; i++) {
-#pragma GCC unroll 4
-                    for (int r = 0; r < rows; r++) negative[r].add(bit(bits[r], i), x[chunk].x[i]);
-                }
-                const __m512i sum = _mm512_add_epi32(x[chunk].sum[0], x[chunk].sum[1]);
-#pragma GCC unroll 4
-                for (int r = 0; r < rows; r++) {
-                    const __m512i own = _mm512_sub_epi32(sum, _mm512_slli_epi32(negative[r].total(), 1));
-                    const __m512 scale = Grouped ? _mm512_mul_ps(scales.at(r, 0), x[chunk].step) : x[chunk].step;
-                    product[r] = _mm512_fmadd_ps(scale, floats(own), product[r]);
-                }
-            }
-            if (!Grouped) scales.load(from);
-            for (int r = 0; r < rows; r++) {
-                parts[r] = Grouped ? _mm512_add_ps(parts[r], product[r])
-                                   : _mm512_fmadd_ps(scales.at(r, 0), product[r], parts[r]);
-            }
-        }
-        if (w.means.of.data) add_means(row, from, upto, parts);
+    void add(const SideBySide<rows>& row, __m512* parts) const {
+        for (int64_t plane = 0; plane < w.planes; plane++) add_plane(plane, row, parts);
+        if (w.means.of.data) add_means(row, parts);
     }
-    void add_means(const int64_t* row, int64_t from, int64_t upto, __m512* parts) const {
+
+   private:
+    void add_plane(int64_t plane, const SideBySide<rows>& row, __m512* parts) const {
+        const RowsOfBits<rows> signs(w.signs[plane], row);
+        RowsCoefficients<rows> scales(w.scales[plane], row);
+        const __m512 minus_two = _mm512_set1_ps(-2.0f);
+        // Grouped: with scales and T; otherwise S alone.
+        __m512 product[rows] = {}, all = _mm512_setzero_ps();
+        for (int64_t chunk = row.from; chunk < row.upto; chunk++) {
+            __m512i bits[rows];
+            signs.load(chunk, bits);
+            if (Grouped) scales.load(chunk);
+            Dots<1> negative[rows];
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++) negative[r].add(bit(bits[r], i), x[chunk].x[i]);
+            }
+            const __m512 step = Grouped ? _mm512_mul_ps(x[chunk].step, minus_two) : x[chunk].step;
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                const __m512 sum = floats(negative[r].total());
+                if (Grouped) {
+                    product[r] = _mm512_fmadd_ps(scales.at(r, 0), _mm512_fmadd_ps(sum, step, x[chunk].total), product[r]);
+                } else {
+                    product[r] = _mm512_fmadd_ps(sum, step, product[r]);
+                }
+            }
+            if (!Grouped) all = _mm512_add_ps(all, x[chunk].total);
+        }
+        if (!Grouped) scales.load(row.from);
+        for (int r = 0; r < rows; r++) {
+            parts[r] = Grouped ? _mm512_add_ps(parts[r], product[r])
+                               : _mm512_fmadd_ps(scales.at(r, 0), _mm512_fmadd_ps(product[r], minus_two, all), parts[r]);
+        }
+    }
+    void add_means(const SideBySide<rows>& row, __m512* parts) const {
         RowsCoefficients<rows> means(w.means, row);
-        for (int64_t chunk = from; chunk < upto; chunk++) {
+        for (int64_t chunk = row.from; chunk < row.upto; chunk++) {
             means.load(chunk);
-            const __m512 sum = floats(_mm512_add_epi32(x[chunk].sum[0], x[chunk].sum[1]));
-            const __m512 product = _mm512_mul_ps(sum, x[chunk].step);
-            for (int r = 0; r < rows; r++) parts[r] = _mm512_fmadd_ps(means.at(r, 0), product, parts[r]);
+            for (int r = 0; r < rows; r++) parts[r] = _mm512_fmadd_ps(means.at(r, 0), x[chunk].total, parts[r]);
         }
     }
 };

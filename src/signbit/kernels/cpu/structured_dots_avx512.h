@@ -37,11 +37,11 @@ struct StructuredProduct {
         }
     };
 
-    void add(const int64_t* row, int64_t from, int64_t upto, __m512* parts) const {
+    void add(const SideBySide<rows>& row, __m512* parts) const {
         const RowsOfBits<rows> K(kept, row, base), N(negative, row, base), R1(ones, row, base), R2(twos, row, base);
         RowsCoefficients<rows> scale(scales, row), mean(means, row);
         __m512 product[rows] = {};
-        for (int64_t chunk = from; chunk < upto; chunk++) {
+        for (int64_t chunk = row.from; chunk < row.upto; chunk++) {
             __m512i n[rows], bits[kMaxRegions][rows];
             K.load(chunk, bits[0]);
             N.load(chunk, n);
@@ -112,9 +112,9 @@ void structured_dots(const void* matrix, const Activations* kinds, int64_t first
                 const Product product{kept, negative, ones, twos, w.scales, w.means, regions,
                                       chunks_of<Digits>(kinds[0], token), row + i};
                 for (int64_t j = 0; j < some; j += Product::rows) {
-                    int64_t rows[Product::rows];
-                    for (int r = 0; r < Product::rows; r++) rows[r] = row + i + least(j + r, some - 1);
-                    product.add(rows, 0, chunks_in(kinds[0]), parts[token] + i + j);
+                    SideBySide<Product::rows> rows{{}, row, 0, chunks_in(kinds[0])};
+                    for (int r = 0; r < Product::rows; r++) rows.row[r] = row + i + least(j + r, some - 1);
+                    product.add(rows, parts[token] + i + j);
                 }
             }
             if (!w.salient.count) continue;

@@ -25,11 +25,11 @@ struct ZonedProduct {
         Dots<Digits> negative, zone, both;
     };
 
-    void add(const int64_t* row, int64_t from, int64_t upto, __m512* parts) const {
+    void add(const SideBySide<rows>& row, __m512* parts) const {
         const RowsOfBits<rows> A = bits_of(signs, row), C = bits_of(zones, row);
         Numbers scales(set.scales, row), means(set.means, row);
         __m512 product[rows] = {};
-        for (int64_t chunk = from; chunk < upto; chunk++) {
+        for (int64_t chunk = row.from; chunk < row.upto; chunk++) {
             __m512i a[rows], c[rows];
             A.load(chunk, a);
             C.load(chunk, c);
@@ -63,7 +63,7 @@ struct ZonedProduct {
     }
 
    private:
-    RowsOfBits<rows> bits_of(const Plane& plane, const int64_t* row) const {
+    RowsOfBits<rows> bits_of(const Plane& plane, const SideBySide<rows>& row) const {
         return base < 0 ? RowsOfBits<rows>(plane, row) : RowsOfBits<rows>(plane, row, base);
     }
     [[gnu::always_inline]] __m512 add_band(const Sums& sums, __m512i all, const Numbers& scales, const Numbers& means,
