@@ -83,7 +83,7 @@ class SalientBits {
 // K: of the weights that are there at all, or of all; N and Z: of the negative ones, and those whose residual is.
 template <int Digits, bool Kept>
 struct ResidualProduct {
-    static constexpr int rows = Digits == 1 ? 4 : 2;
+    static constexpr int rows = Digits == 1 ? 2 : 1;
     const Plane &kept, &negative, &residual;
     const GroupCoefficients &scales, &means;
     const Chunk<Digits>* x;
@@ -93,31 +93,34 @@ struct ResidualProduct {
         const RowsOfBits<rows> K(Kept ? kept : negative, row, base), N(negative, row, base), Z(residual, row, base);
         RowsCoefficients<rows, 2> scale(scales, row), mean(means, row);
         for (int64_t chunk = row.from; chunk < row.upto; chunk++) {
-            __m512i k[rows], n[rows], z[rows];
+            __m512i k[rows] = {}, n[rows], z[rows];
             if (Kept) K.load(chunk, k);
             N.load(chunk, n);
             Z.load(chunk, z);
             scale.load(chunk);
             if (means.of.data) mean.load(chunk);
-            Dots<Digits> of_k[rows], of_n[rows], of_z[rows];
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
+            BitDots<Digits> of_k[rows], of_n[rows], of_z[rows];
 #pragma GCC unroll 4
+            for (int i = 0; i < 8; i += 2) {
+#pragma GCC unroll 2
                 for (int r = 0; r < rows; r++) {
-                    if (Kept) of_k[r].add(bit(k[r], i), x[chunk].x[i]);
-                    of_n[r].add(bit(n[r], i), x[chunk].x[i]);
-                    of_z[r].add(bit(z[r], i), x[chunk].x[i]);
+                    if (Kept) of_k[r].add(k[r], x[chunk].x[i], x[chunk].x[i + 1]);
+                    of_n[r].add(n[r], x[chunk].x[i], x[chunk].x[i + 1]);
+                    of_z[r].add(z[r], x[chunk].x[i], x[chunk].x[i + 1]);
+                    k[r] = next(k[r], 2);
+                    n[r] = next(n[r], 2);
+                    z[r] = next(z[r], 2);
                 }
             }
-            const __m512i all = _mm512_add_epi32(x[chunk].sum[0], x[chunk].sum[1]);
-#pragma GCC unroll 4
+            const __m512 all = x[chunk].all(0, 1), minus_two = _mm512_set1_ps(-2.0f);
+#pragma GCC unroll 2
             for (int r = 0; r < rows; r++) {
-                const __m512i there = Kept ? of_k[r].total() : all;
-                const __m512i by_sign = _mm512_sub_epi32(there, _mm512_slli_epi32(of_n[r].total(), 1));
-                const __m512i by_residual = _mm512_sub_epi32(there, _mm512_slli_epi32(of_z[r].total(), 1));
-                __m512 of_chunk = _mm512_mul_ps(scale.at(r, 0), floats(by_sign));
-                of_chunk = _mm512_fmadd_ps(scale.at(r, 1), floats(by_residual), of_chunk);
-                if (means.of.data) of_chunk = _mm512_fmadd_ps(mean.at(r, 0), floats(there), of_chunk);
+                const __m512 there = Kept ? of_k[r].sum() : all;
+                const __m512 by_sign = _mm512_fmadd_ps(of_n[r].sum(), minus_two, there);
+                const __m512 by_residual = _mm512_fmadd_ps(of_z[r].sum(), minus_two, there);
+                __m512 of_chunk = _mm512_mul_ps(scale.at(r, 0), by_sign);
+                of_chunk = _mm512_fmadd_ps(scale.at(r, 1), by_residual, of_chunk);
+                if (means.of.data) of_chunk = _mm512_fmadd_ps(mean.at(r, 0), there, of_chunk);
                 parts[r] = _mm512_fmadd_ps(of_chunk, x[chunk].step, parts[r]);
             }
         }

@@ -31,16 +31,19 @@ struct SignProduct {
             __m512i bits[rows];
             signs.load(chunk, bits);
             if (Grouped) scales.load(chunk);
-            Dots<1> negative[rows];
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
+            BitDots<1> negative[rows];
 #pragma GCC unroll 4
-                for (int r = 0; r < rows; r++) negative[r].add(bit(bits[r], i), x[chunk].x[i]);
+            for (int i = 0; i < 8; i += 2) {
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++) {
+                    negative[r].add(bits[r], x[chunk].x[i], x[chunk].x[i + 1]);
+                    bits[r] = next(bits[r], 2);
+                }
             }
             const __m512 step = Grouped ? _mm512_mul_ps(x[chunk].step, minus_two) : x[chunk].step;
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-                const __m512 sum = floats(negative[r].total());
+                const __m512 sum = negative[r].sum();
                 if (Grouped) {
                     product[r] = _mm512_fmadd_ps(scales.at(r, 0), _mm512_fmadd_ps(sum, step, x[chunk].total), product[r]);
                 } else {

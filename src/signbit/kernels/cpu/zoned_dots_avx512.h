@@ -11,23 +11,121 @@
 namespace kernels {
 namespace avx512 {
 
+// Numbers of two bits for the columns of a chunk: of the even ones, and of the odd ones.
+struct TwoBits {
+    __m512i even, odd;
+
+    [[gnu::always_inline]] static TwoBits of(__m512i low, __m512i high) {
+        const __m512i evens = _mm512_set1_epi8(0x55);
+        // evens ? ... : ...
+        return {_mm512_ternarylogic_epi64(evens, low, _mm512_slli_epi16(high, 1), 0xca),
+                _mm512_ternarylogic_epi64(evens, _mm512_srli_epi16(low, 1), high, 0xca)};
+    }
+};
+
+// T + the sum of the positive weights' activations - that of the negative ones', for each zone: 2 for a positive weight
+// of the zone, 0 for a negative one, 1 for all others. Two dot products, where signs, zones and both would be three.
+template <int Digits, int Bands>
+class SignedZones {
+   public:
+    [[gnu::always_inline]] void add(__m512i negative, __m512i zone, const Chunk<Digits>& x) {
+        const __m512i ones = _mm512_set1_epi8(-1);
+        const __m512i neither = _mm512_andnot_si512(zone, _mm512_xor_si512(negative, ones));
+        TwoBits numbers[2] = {TwoBits::of(zone, neither),
+                              TwoBits::of(_mm512_xor_si512(zone, ones), _mm512_andnot_si512(negative, zone))};
+#pragma GCC unroll 2
+        for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 2
+            for (int z = 0; z < 2; z++) {
+                dots_[z][0].add(numbers[z].even, x.x[i], x.x[i + 2]);
+                dots_[z][Bands - 1].add(numbers[z].odd, x.x[i + 1], x.x[i + 3]);
+                numbers[z] = {next(numbers[z].even, 4), next(numbers[z].odd, 4)};
+            }
+        }
+    }
+    // Times the scales, and a mean for both.
+    template <class Numbers>
+    [[gnu::always_inline]] __m512 product(const Chunk<Digits>& x, const Numbers& scales, const Numbers& means,
+                                          int64_t means_each, int row) const {
+        __m512 product = _mm512_setzero_ps();
+#pragma GCC unroll 2
+        for (int band = 0; band < Bands; band++) {
+            const __m512 all = x.all(band, Bands);
+#pragma GCC unroll 2
+            for (int z = 0; z < 2; z++) {
+                const __m512 sum = _mm512_sub_ps(dots_[z][band].sum(), all);
+                product = _mm512_fmadd_ps(scales.at(row, 2 * band + z), sum, product);
+            }
+            if (means_each) product = _mm512_fmadd_ps(means.at(row, band), all, product);
+        }
+        return product;
+    }
+
+   private:
+    SideDots<Digits, 2> dots_[2][Bands];
+};
+
+// Signs A, zones C and both B, where each zone has a mean.
+template <int Digits, int Bands>
+class MeanZones {
+   public:
+    [[gnu::always_inline]] void add(__m512i negative, __m512i zone, const Chunk<Digits>& x) {
+        __m512i both = _mm512_and_si512(negative, zone);
+#pragma GCC unroll 4
+        for (int i = 0; i < 8; i += 2) {
+            negative_.add(negative, x.x[i], x.x[i + 1]);
+            zone_.add(zone, x.x[i], x.x[i + 1]);
+            both_.add(both, x.x[i], x.x[i + 1]);
+            negative = next(negative, 2);
+            zone = next(zone, 2);
+            both = next(both, 2);
+        }
+    }
+    template <class Numbers>
+    [[gnu::always_inline]] __m512 product(const Chunk<Digits>& x, const Numbers& scales, const Numbers& means, int64_t,
+                                          int row) const {
+        const __m512 minus_two = _mm512_set1_ps(-2.0f);
+        __m512 product = _mm512_setzero_ps();
+#pragma GCC unroll 2
+        for (int band = 0; band < Bands; band++) {
+            const __m512 zone1 = of(zone_, band), both = of(both_, band), zone0 = _mm512_sub_ps(x.all(band, Bands), zone1);
+            const __m512 only = _mm512_sub_ps(of(negative_, band), both);
+            product = _mm512_fmadd_ps(scales.at(row, 2 * band), _mm512_fmadd_ps(only, minus_two, zone0), product);
+            product = _mm512_fmadd_ps(scales.at(row, 2 * band + 1), _mm512_fmadd_ps(both, minus_two, zone1), product);
+            product = _mm512_fmadd_ps(means.at(row, 2 * band), zone0, product);
+            product = _mm512_fmadd_ps(means.at(row, 2 * band + 1), zone1, product);
+        }
+        return product;
+    }
+
+   private:
+    using Sums = BitDots<Digits>;
+    [[gnu::always_inline]] static __m512 of(const Sums& sums, int band) {
+        if (Bands == 1) return sums.sum();
+        return band ? sums.sum_left() : sums.sum_right();
+    }
+    Sums negative_, zone_, both_;
+};
+
 // Where ``Bands`` is 2, even and odd columns have codebooks of their own, one behind the other.
 template <int Digits, int Bands, int Vectors = 1>
 struct ZonedProduct {
-    static constexpr int rows = (Digits == 1 ? 4 : 2) / Bands;
+    static constexpr int rows = Digits == 1 ? 2 : 1;
     const Plane &signs, &zones;
     const ZonedSet& set;
     const Chunk<Digits>* x;
     int64_t base;  // the first row in buffers of salient columns; -1: planes in memory
 
-    using Numbers = RowsCoefficients<rows, Vectors>;
-    struct Sums {
-        Dots<Digits> negative, zone, both;
-    };
-
     void add(const SideBySide<rows>& row, __m512* parts) const {
+        if (set.means_each == 2) add_as<MeanZones<Digits, Bands>>(row, parts);
+        else add_as<SignedZones<Digits, Bands>>(row, parts);
+    }
+
+   private:
+    template <class Zones>
+    void add_as(const SideBySide<rows>& row, __m512* parts) const {
         const RowsOfBits<rows> A = bits_of(signs, row), C = bits_of(zones, row);
-        Numbers scales(set.scales, row), means(set.means, row);
+        RowsCoefficients<rows, Vectors> scales(set.scales, row), means(set.means, row);
         __m512 product[rows] = {};
         for (int64_t chunk = row.from; chunk < row.upto; chunk++) {
             __m512i a[rows], c[rows];
@@ -35,50 +133,18 @@ struct ZonedProduct {
             C.load(chunk, c);
             scales.load(chunk);
             if (set.means_each) means.load(chunk);
-            Sums sums[rows][Bands];
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
-#pragma GCC unroll 4
-                for (int r = 0; r < rows; r++) {
-                    Sums& own = sums[r][i % Bands];
-                    const __m512i negative = bit(a[r], i), zone = bit(c[r], i);
-                    own.negative.add(negative, x[chunk].x[i]);
-                    own.zone.add(zone, x[chunk].x[i]);
-                    own.both.add(_mm512_and_si512(negative, zone), x[chunk].x[i]);
-                }
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                __m512 of_chunk = _mm512_setzero_ps();
 #pragma GCC unroll 2
-                for (int band = 0; band < Bands; band++) {
-                    const __m512i all = Bands == 2 ? x[chunk].sum[band]
-                                                   : _mm512_add_epi32(x[chunk].sum[0], x[chunk].sum[1]);
-                    of_chunk = add_band(sums[r][band], all, scales, means, r, band, of_chunk);
-                }
+            for (int r = 0; r < rows; r++) {
+                Zones sums;
+                sums.add(a[r], c[r], x[chunk]);
+                const __m512 of_chunk = sums.product(x[chunk], scales, means, set.means_each, r);
                 product[r] = _mm512_fmadd_ps(of_chunk, x[chunk].step, product[r]);
             }
         }
         for (int r = 0; r < rows; r++) parts[r] = _mm512_add_ps(parts[r], product[r]);
     }
-
-   private:
     RowsOfBits<rows> bits_of(const Plane& plane, const SideBySide<rows>& row) const {
         return base < 0 ? RowsOfBits<rows>(plane, row) : RowsOfBits<rows>(plane, row, base);
-    }
-    [[gnu::always_inline]] __m512 add_band(const Sums& sums, __m512i all, const Numbers& scales, const Numbers& means,
-                                           int row, int band,
-                                           __m512 to) const {
-        const __m512i zone1 = sums.zone.total(), both = sums.both.total(), zone0 = _mm512_sub_epi32(all, zone1);
-        const __m512i only = _mm512_sub_epi32(sums.negative.total(), both);
-        const __m512i signed0 = _mm512_sub_epi32(zone0, _mm512_slli_epi32(only, 1));
-        const __m512i signed1 = _mm512_sub_epi32(zone1, _mm512_slli_epi32(both, 1));
-        to = _mm512_fmadd_ps(scales.at(row, 2 * band), floats(signed0), to);
-        to = _mm512_fmadd_ps(scales.at(row, 2 * band + 1), floats(signed1), to);
-        if (!set.means_each) return to;
-        const int mean0 = static_cast<int>(set.means_each) * band, mean1 = mean0 + static_cast<int>(set.means_each) - 1;
-        to = _mm512_fmadd_ps(means.at(row, mean0), floats(zone0), to);
-        return _mm512_fmadd_ps(means.at(row, mean1), floats(zone1), to);
     }
 };
 
