@@ -31,14 +31,36 @@
 namespace kernels {
 namespace {
 
-struct Job {
-    TaskFunction function;
-    int64_t tasks;
-    std::atomic<int64_t> next{0};
-
-    void run() {
-        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) function(task);
+// Tasks, shared out in stretches: whoever comes takes a stretch of its own from end to end, since what a task fetches
+// ahead belongs to the next one, and then helps with those of others.
+class Job {
+   public:
+    Job(TaskFunction function, int64_t tasks, int threads)
+        : function_(function), stretches_(std::min<int64_t>({threads, tasks, kMostStretches})) {
+        for (int64_t i = 0; i < stretches_; i++) {
+            stretch_[i].next.store(tasks * i / stretches_, std::memory_order_relaxed);
+            stretch_[i].end = tasks * (i + 1) / stretches_;
+        }
     }
+    void run() {
+        const int64_t own = taken_.fetch_add(1, std::memory_order_relaxed);
+        for (int64_t i = 0; i < stretches_; i++) {
+            Stretch& from = stretch_[(own + i) % stretches_];
+            for (int64_t task; (task = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) function_(task);
+        }
+    }
+
+   private:
+    static constexpr int64_t kMostStretches = 64;
+    struct alignas(64) Stretch {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+
+    TaskFunction function_;
+    int64_t stretches_;
+    std::atomic<int64_t> taken_{0};
+    Stretch stretch_[kMostStretches];
 };
 
 void relax() {
@@ -161,7 +183,7 @@ void parallel_for(int64_t tasks, int threads, TaskFunction function) {
         for (int64_t task = 0; task < tasks; task++) function(task);
         return;
     }
-    Job job{function, tasks};
+    Job job(function, tasks, threads);
     if (const Parallel parallel = torchs_parallel()) {
         // As many as torch has even if there are fewer tasks: a smaller section would end the threads left over.
         parallel([](void* job) { static_cast<Job*>(job)->run(); }, &job, static_cast<unsigned>(threads), 0);
