@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -20,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import signbit
+from launching import launch, process_of
 from signbit import Recipe, SignbitError
 from signbit.blockwise.calibrate import share_steps
 from signbit.blockwise.job import Job
@@ -75,12 +73,6 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     ),
     "sign factors": ("llama", {"method": "sign-factors", "group_size": 0, "bits": 4, "iterations": 10}, ANY),
 }
-
-
-def launch(processes: int, *program: str) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([*launcher, *program], text=True, stderr=subprocess.PIPE, env=environment)
 
 
 def command(model: Path, out: Path, text: Path, *more: str) -> list[str]:
@@ -191,14 +183,6 @@ def test_when_one_dies_the_other_stops_and_the_run_resumes(
     assert launched.returncode == 0, errors
     assert files(tmp_path / "out") == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def process_of(launcher: int, rank: int) -> int:
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    for child in children:
-        if re.search(rf"(^|\0)RANK={rank}\0", Path(f"/proc/{child}/environ").read_text()):
-            return int(child)
-    raise AssertionError(f"no process of rank {rank}")
 
 
 def test_more_processes_than_samples_are_refused(tiny_dir: MakeDir, text_file: Path, tmp_path: Path) -> None:

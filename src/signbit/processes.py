@@ -132,6 +132,18 @@ def _talking() -> Iterator[None]:
         raise SignbitError(LEFT_ALONE) from error
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Around what talks by collectives of torch's own, as DDP and FSDP do: a peer that is gone is told as such."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no type of their own.
+        if isinstance(error, distributed.DistError) or "gloo" in str(error).lower():
+            raise SignbitError(LEFT_ALONE) from error
+        raise
+
+
 def deal(costs: Sequence[float], count: int) -> list[int]:
     """Who of ``count`` takes each piece of work: the costliest first, each to whoever has least to do so far."""
     loads, owners = [0.0] * count, [0] * len(costs)

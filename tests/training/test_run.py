@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 import signbit
+from launching import launch, process_of
 from signbit import Recipe, SignbitError, checkpoint
 from signbit.cli import main
 from signbit.journal import Journal
+from signbit.processes import LEFT_ALONE
 from signbit.training import loop, student
 from signbit.training.arguments import from_start
 from signbit.training.run import Trained
@@ -70,8 +72,8 @@ def command(model: Path, out: Path, text: Path, **keys: Any) -> list[str]:
     return ["train", str(model), "--out", str(out), "--recipe", str(file), "--device", "cpu", *settings]
 
 
-def start(arguments: list[str], *launcher: str) -> subprocess.Popen[str]:
-    program = [*(launcher or (sys.executable,)), "-m", "signbit", *arguments]
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    program = [sys.executable, "-m", "signbit", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(program, text=True, stderr=subprocess.PIPE, env=environment)
 
@@ -600,9 +602,27 @@ def test_two_processes(
 
 
 def in_two_processes(arguments: list[str]) -> None:
-    process = start(arguments, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process = launch(2, "-m", "signbit", *arguments)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_when_one_dies_the_other_stops_and_the_training_resumes(
+    sharding: str, trained: tuple[Trained, Path], tiny_dir: MakeDir, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = command(tiny_dir("llama"), out, text_file, sharding=sharding, steps=2000, snapshot_every=1)
+    launched = launch(2, "-m", "signbit", *arguments)
+    while not (tmp_path / "out.partial" / "snapshot.safetensors").exists() and launched.poll() is None:
+        time.sleep(0.01)
+    os.kill(process_of(launched.pid, 1), signal.SIGKILL)
+    _, errors = launched.communicate(timeout=40)
+    assert launched.returncode != 0
+    assert errors.count(f"signbit: {LEFT_ALONE}") == 1
+    assert "internal error" not in errors
+    assert main(["train", str(tiny_dir("llama")), "--out", str(out), "--export", str(tmp_path / "then")]) == 0
 
 
 ALONE: dict[str, tuple[str, dict[str, Any]]] = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from signbit.errors import SignbitError
 from signbit.precision import autocast, fast_float32
-from signbit.processes import Processes
+from signbit.processes import Processes, together
 from signbit.progress import Progress
 from signbit.training.data import Windows
 from signbit.training.losses import cross_entropies, distillation
@@ -73,6 +73,7 @@ class Loop:
         self.optimizer = self._optimizer(student.scales)
         self.record = Record()
 
+    @together()
     def run(self, snapshot: Snapshot | None) -> Record:
         """Train, from the start or a ``snapshot`` whose parameters the student has; the last snapshot is of the end."""
         if snapshot is not None:
