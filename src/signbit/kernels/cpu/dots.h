@@ -1,9 +1,9 @@
 // Dot products of bits and digits, row by row: how one or two tokens are multiplied, where there is AVX-512.
 //
 // Lookups (lookup.h) share what they do between rows, and want words of 32 rows side by side. With few tokens it is
-// faster to go through a row from end to end, 512 columns of it at a time: a *chunk*. vgf2p8affineqb moves one bit of
-// each of 64 bytes to where a number has its lowest, and vpdpbusd adds products of 64 such bytes and as many activations:
-// two instructions for 64 weights, whose bits can be made of those of several planes, 512 at a time, beforehand.
+// faster to go through a row from end to end, 512 columns of it at a time: a *chunk*. A mask leaves one bit of each of 64
+// bytes, and vpdpbusd adds products of 64 such bytes and as many activations: two instructions for 64 weights, whose bits
+// can be made of those of several planes, 512 at a time, beforehand.
 //
 // Activations are digits: one of 8 bits (int8), or in exact products three to the base 128, each with its own dot
 // product, and a step for every 128 columns. That is 22 bits of the largest of them; one far below it keeps fewer. They

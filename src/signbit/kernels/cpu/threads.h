@@ -20,8 +20,8 @@ class TaskFunction {
     void (*call_)(const void*, int64_t);
 };
 
-// Calls function(0) .. function(tasks - 1), each once, with the calling thread and up to threads - 1 others, each of
-// which takes the next task that nobody has. Returns when all are done.
+// Calls function(0) .. function(tasks - 1), each once, with the calling thread and up to threads - 1 others: each a stretch
+// of neighbours, and then what nobody has of others' stretches. Returns when all are done.
 void parallel_for(int64_t tasks, int threads, TaskFunction function);
 
 // "torch" or "own": whose threads do the work.
