@@ -207,24 +207,30 @@ struct RowsOfBits {
         : ahead(plane.data), words(plane.row_bytes / 4) {
         for (int r = 0; r < Rows; r++) row[r] = plane.data + (of.row[r] - base) * plane.row_bytes;
     }
-    // Words from 16 * chunk on, as many as there are.
+    // Words from 16 * chunk on, as many as there are: under a mask at the end only, since it takes longer.
     [[gnu::always_inline]] void load(int64_t chunk, __m512i* bits) const {
-        const __mmask16 there = first_of_16(words - kChunkWords * chunk);
+        const int64_t left = words - kChunkWords * chunk;
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; r++) {
-            bits[r] = _mm512_maskz_loadu_epi32(there, row[r] + 64 * chunk);
-            Avx512::prefetch(ahead + 64 * (Rows * chunk + r));
+        for (int r = 0; r < Rows; r++) Avx512::prefetch(ahead + 64 * (Rows * chunk + r));
+        if (left >= kChunkWords) {
+#pragma GCC unroll 4
+            for (int r = 0; r < Rows; r++) bits[r] = _mm512_loadu_si512(row[r] + 64 * chunk);
+        } else {
+#pragma GCC unroll 4
+            for (int r = 0; r < Rows; r++) bits[r] = _mm512_maskz_loadu_epi32(first_of_16(left), row[r] + 64 * chunk);
         }
     }
 };
 
 // Coefficients at [index, index + count), count up to 16, of all rows' one after the other; zeros behind them.
 [[gnu::always_inline]] inline __m512 load_coefficients(const Coefficients& from, int64_t index, int64_t count) {
-    const __mmask16 present = first_of_16(count);
-    if (from.type == Scalar::f32) return _mm512_maskz_loadu_ps(present, static_cast<const float*>(from.data) + index);
+    if (from.type == Scalar::f32) {
+        return _mm512_maskz_loadu_ps(first_of_16(count), static_cast<const float*>(from.data) + index);
+    }
     const uint16_t* at = static_cast<const uint16_t*>(from.data) + index;
     Avx512::prefetch(at + kDotRows * from.per_row);
-    const __m256i shorts = _mm256_maskz_loadu_epi16(present, at);
+    const __m256i shorts = count >= 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))
+                                       : _mm256_maskz_loadu_epi16(first_of_16(count), at);
     if (from.type == Scalar::f16) return _mm512_cvtph_ps(shorts);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16));
 }

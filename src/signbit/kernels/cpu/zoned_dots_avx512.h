@@ -110,7 +110,7 @@ class MeanZones {
 // Where ``Bands`` is 2, even and odd columns have codebooks of their own, one behind the other.
 template <int Digits, int Bands, int Vectors = 1>
 struct ZonedProduct {
-    static constexpr int rows = Digits == 1 ? 2 : 1;
+    static constexpr int rows = 1;
     const Plane &signs, &zones;
     const ZonedSet& set;
     const Chunk<Digits>* x;
