@@ -68,11 +68,6 @@ inline void integers_of_planes(const BitPlanes& planes, int64_t byte, bool odd, 
     }
 }
 
-// Of 64 gaps: the columns that they end in, modulo 64; 1 where there is a salient weight; its 2 q + 1, or 0.
-struct Salient {
-    __m512i place, mark, code;
-};
-
 // The gaps of a strip and what they lead to, decoded a little more than a row at a time.
 class SalientGaps {
    public:
@@ -83,63 +78,83 @@ class SalientGaps {
         last_ = _mm512_set1_epi8(-1);
         decode_codes();
     }
-    void next_row() {
-        if (begun_) row_ += windows_;
-        if (row_ < begun_ && begin_[row_] > kKept) drop();
+    // The strip's first row, or the one behind that whose gaps end before ``first``.
+    void next_row(int64_t first) {
+        const bool begins = begun_ == 0;
+        first_ = first;
+        if (!begins) row_ += windows_;
+        if (first_ > kKept) drop();
         while (begun_ <= row_ + windows_ && gap_ < end_) decode();
-        for (; begun_ <= row_ + windows_; begun_++) begin_[begun_] = static_cast<uint16_t>(gaps_);
+        for (; begun_ <= row_ + windows_; begun_++) begin_[begun_] = static_cast<uint8_t>(gaps_);
+        if (begins) first_ = begin_[0];
     }
-    // The first gap that ends in each of the row's windows, and behind them the next row's first.
-    const uint16_t* begin() const { return begin_ + row_; }
-    Salient at(int64_t first) const {
-        return {_mm512_loadu_si512(place_ + first), _mm512_loadu_si512(mark_ + first),
-                _mm512_loadu_si512(code_ + first)};
+    // The first gap that ends in each of the row's windows, and behind them the next row's first, modulo 256; the first
+    // of all is number first().
+    const uint8_t* begin() const { return begin_ + row_; }
+    int64_t first() const { return first_; }
+    // Up to 32 of ``count`` gaps: the places in the strip that they end in, modulo 256, and 2 q + 1 of the salient weights
+    // there, or 0.
+    struct Some {
+        __m256i place, code;
+    };
+    [[gnu::always_inline]] Some at(int64_t first, int64_t count) const {
+        // Masks of AVX-512 take longer than this to come from a number.
+        alignas(64) static constexpr uint8_t own[64] = {
+            255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
+            255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
+        const auto load = [](const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); };
+        return {load(place_ + first), _mm256_and_si256(load(code_ + first), load(own + 32 - least(count, 32)))};
     }
 
    private:
     static constexpr int64_t kKept = 2048, kMost = kKept + kMostDotColumns + 2 * kDecoded;
 
-    // What was before this row.
+    // What was before this row, but for its place modulo 256.
     void drop() {
-        const int64_t from = begin_[row_];
+        const int64_t from = first_ / 256 * 256;
         for (int64_t i = from; i < gaps_; i += 64) {
-            for (uint8_t* bytes : {place_, mark_, code_}) {
-                _mm512_storeu_si512(bytes + i - from, _mm512_loadu_si512(bytes + i));
+            for (uint8_t* bytes : {place_, code_}) {
+                _mm512_store_si512(bytes + i - from, _mm512_load_si512(bytes + i));
             }
         }
+        first_ -= from;
         gaps_ -= from;
         begun_ -= row_;
-        for (int64_t i = 0; i < begun_; i++) begin_[i] = static_cast<uint16_t>(begin_[row_ + i] - from);
+        for (int64_t i = 0; i < begun_; i++) begin_[i] = begin_[row_ + i];
         row_ = 0;
     }
     void decode() {
         alignas(64) uint8_t gaps[kDecoded];
         const int64_t byte = gap_ / 8, count = least(kDecoded, end_ - 8 * byte);
         integers_of_planes(w_.gaps, byte, false, gaps);
-        __mmask64 there = ~0ull << gap_ % 8;  // not the strip before
-        for (int64_t i = 0; i < count; i += 64) {
-            there &= _bzhi_u64(~0ull, static_cast<unsigned>(least(count - i, 64)));
-            add(_mm512_load_si512(gaps + i), there, gaps_ + i);
-            there = ~0ull;
+        int64_t i = 0;
+        if (gap_ % 8) {  // not the strip before
+            add<false>(gaps, _bzhi_u64(~0ull << gap_ % 8, static_cast<unsigned>(least(count, 64))), gaps_);
+            i = 64;
         }
+        for (; i + 64 <= count; i += 64) add<true>(gaps + i, ~0ull, gaps_ + i);
+        if (i < count) add<false>(gaps + i, _bzhi_u64(~0ull, static_cast<unsigned>(count - i)), gaps_ + i);
         gaps_ += count;
         gap_ = 8 * byte + count;
     }
-    // Up to 64 gaps.
-    void add(__m512i gap, __mmask64 there, int64_t at) {
+    // 64 gaps, or with All unset those in the mask.
+    template <bool All>
+    [[gnu::always_inline]] void add(const uint8_t* gaps, __mmask64 there, int64_t at) {
         const __m512i escape = _mm512_set1_epi8(static_cast<char>((1 << w_.gaps.bits) - 1)), one = _mm512_set1_epi8(1);
+        const __m512i gap = _mm512_load_si512(gaps);
         // An escape passes so many columns, any other gap one more.
-        const __m512i steps = _mm512_maskz_min_epu8(there, _mm512_add_epi8(gap, one), escape);
+        __m512i steps = _mm512_min_epu8(_mm512_add_epi8(gap, one), escape);
+        if (!All) steps = _mm512_maskz_mov_epi8(there, steps);
         const __m512i places = _mm512_add_epi8(last_, prefix_sums(steps));
-        const __mmask64 marks = _mm512_mask_cmpneq_epi8_mask(there, gap, escape);
+        __mmask64 marks = _mm512_cmpneq_epi8_mask(gap, escape);
+        if (!All) marks &= there;
         const __m512i crossed = _mm512_xor_si512(places, _mm512_sub_epi8(places, steps));
         add_windows(_mm512_test_epi8_mask(crossed, _mm512_set1_epi8(static_cast<char>(-kDotWindow))), at);
         if (next_code_ + 64 > codes_from_ + kDecoded) decode_codes();
         const __m512i codes = _mm512_loadu_si512(codes_ + next_code_ - codes_from_);
         next_code_ += __builtin_popcountll(marks);
-        _mm512_storeu_si512(place_ + at, places);
-        _mm512_storeu_si512(mark_ + at, _mm512_maskz_mov_epi8(marks, one));
-        _mm512_storeu_si512(code_ + at, _mm512_maskz_expand_epi8(marks, codes));
+        _mm512_store_si512(place_ + at, places);
+        _mm512_store_si512(code_ + at, _mm512_maskz_expand_epi8(marks, codes));
         last_ = _mm512_permutexvar_epi8(_mm512_set1_epi8(63), places);
     }
     // Modulo 256.
@@ -157,21 +172,14 @@ class SalientGaps {
         return _mm512_add_epi8(bytes, _mm512_shuffle_epi8(sum, lowest));
     }
     // Windows begin with the gaps in the mask, of 64 from ``at`` on.
-    void add_windows(__mmask64 first, int64_t at) {
+    [[gnu::always_inline]] void add_windows(__mmask64 first, int64_t at) {
         alignas(64) static constexpr uint8_t numbers[64] = {
             0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
             22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
             44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
-        const __m512i found = _mm512_maskz_compress_epi8(first, _mm512_load_si512(numbers));
-        const __m512i start = _mm512_set1_epi16(static_cast<int16_t>(at));
-        const int64_t count = __builtin_popcountll(first);
-        const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(found));
-        _mm512_storeu_si512(begin_ + begun_, _mm512_add_epi16(start, low));
-        if (count > 32) {
-            const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(found, 1));
-            _mm512_storeu_si512(begin_ + begun_ + 32, _mm512_add_epi16(start, high));
-        }
-        begun_ += count;
+        const __m512i from_at = _mm512_add_epi8(_mm512_load_si512(numbers), _mm512_set1_epi8(static_cast<char>(at)));
+        _mm512_storeu_si512(begin_ + begun_, _mm512_maskz_compress_epi8(first, from_at));
+        begun_ += __builtin_popcountll(first);
     }
     void decode_codes() {
         codes_from_ = next_code_ / 8 * 8;
@@ -180,10 +188,11 @@ class SalientGaps {
 
     const Partial& w_;
     int64_t windows_, gap_, end_, next_code_, codes_from_ = 0;
-    int64_t row_ = 0, gaps_ = 0, begun_ = 0;  // the row's first window; how many there are of gaps, of windows begun
+    int64_t row_ = 0, first_ = 0;     // the row's first window and gap
+    int64_t gaps_ = 0, begun_ = 0;  // how many there are of gaps, and of windows begun
     __m512i last_;                  // where the last gap ended
-    alignas(64) uint8_t place_[kMost], mark_[kMost], code_[kMost], codes_[kDecoded];
-    uint16_t begin_[kStripRows * kMostDotColumns / kDotWindow + kDecoded + 64];
+    alignas(64) uint8_t place_[kMost], code_[kMost], codes_[kDecoded];
+    uint8_t begin_[kStripRows * kMostDotColumns / kDotWindow + kDecoded + 64];
 };
 
 // Activations as digits, the highest first, and for every 128 columns what the lowest is worth.
@@ -192,7 +201,7 @@ struct DigitsOf {
     alignas(64) int8_t digit[Digits][kMostDotColumns];
     alignas(64) float step[kMostSteps];
 
-    DigitsOf(const Activations& x, int64_t token, int64_t m) {
+    void take(const Activations& x, int64_t token, int64_t m) {
         for (int64_t i = 0; i < m; i += kStepColumns) {
             const int64_t columns = least(m - i, kStepColumns);
             if (Digits == 1) {
@@ -264,47 +273,95 @@ struct StepCoefficients {
 
 // What digits' sums are together.
 template <int Digits>
-inline __m512 together(const __m512i* sum) {
-    if (Digits == 1) return _mm512_cvtepi32_ps(sum[0]);
-    const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sum[0], 7), sum[1]);
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(sum[2]));
+[[gnu::always_inline]] inline __m256 together(const __m256i* sum) {
+    if (Digits == 1) return _mm256_cvtepi32_ps(sum[0]);
+    const __m256i high = _mm256_add_epi32(_mm256_slli_epi32(sum[0], 7), sum[1]);
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(128.0f), _mm256_cvtepi32_ps(sum[2]));
 }
 
-// A row times activations, but for the means of all of its weights; in 16 parts.
+[[gnu::always_inline]] inline __m256i halves(__m512i sums) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
+}
+
+// A row times activations, but for the means of all of its weights. A step of 128 columns has two windows, and its
+// salient weights, hardly ever more than 32, are brought together at once: two registers are one table for vpermi2b.
 template <int Digits, bool Means>
-inline __m512 row_product(const Partial& w, const DigitsOf<Digits>& x, const SalientGaps& gaps,
-                          const StepCoefficients& of, int64_t row) {
-    const uint8_t* signs = w.ordinary.signs[0].data + row * w.ordinary.signs[0].row_bytes;
-    const __m512i ones = _mm512_set1_epi8(1), none = _mm512_setzero_si512();
-    const int64_t windows = w.m / kDotWindow;
-    __m512 product = _mm512_setzero_ps();
-    for (int64_t step = 0; 2 * step < windows; step++) {
-        __m512i all[Digits] = {}, salient[Digits] = {}, coded[Digits] = {}, plain[Digits] = {};
-        for (int64_t i = 2 * step; i < least(2 * step + 2, windows); i++) {
+class RowProduct {
+   public:
+    RowProduct(const Partial& w, const DigitsOf<Digits>& x, const SalientGaps& gaps, int64_t row)
+        : signs_(w.ordinary.signs[0].data + row * w.ordinary.signs[0].row_bytes),
+          x_(x),
+          gaps_(gaps),
+          first_(gaps.first()),
+          windows_(w.m / kDotWindow),
+          odd_(_mm256_set1_epi8(static_cast<char>(row * windows_ % 2 * kDotWindow))) {}
+
+    // In 8 parts; and where the row's gaps end.
+    __m256 times(const StepCoefficients& of, int64_t& gaps_end) {
+        int64_t step = 0;
+        for (; 2 * step + 2 <= windows_; step++) add<2>(of, step);
+        if (2 * step < windows_) add<1>(of, step);
+        gaps_end = first_;
+        __m256 sum = _mm256_add_ps(ordinary_, coded_);
+        if (Means) sum = _mm256_add_ps(sum, plain_);
+        return sum;
+    }
+
+   private:
+    template <int Windows>
+    [[gnu::always_inline]] void add(const StepCoefficients& of, int64_t step) {
+        const uint8_t* begin = gaps_.begin() + 2 * step;
+        __m512i plain[2][Digits] = {}, x[2][Digits] = {};
+        __m256i all[Digits], salient[Digits] = {}, coded[Digits] = {}, unsigned_[Digits] = {};
+#pragma GCC unroll 2
+        for (int i = 0; i < Windows; i++) {
             __mmask64 negative;
-            __builtin_memcpy(&negative, signs + 8 * i, 8);
-            const int64_t first = gaps.begin()[i], count = gaps.begin()[i + 1] - first;
-            const __mmask64 own = _bzhi_u64(~0ull, static_cast<unsigned>(count));
-            const Salient at = gaps.at(first);
+            __builtin_memcpy(&negative, signs_ + 8 * (2 * step + i), 8);
 #pragma GCC unroll 3
             for (int d = 0; d < Digits; d++) {
-                const __m512i digit = _mm512_load_si512(x.digit[d] + kDotWindow * i);
-                const __m512i with_sign = _mm512_mask_sub_epi8(digit, negative, none, digit);
-                const __m512i picked = _mm512_maskz_permutexvar_epi8(own, at.place, with_sign);
-                all[d] = _mm512_dpbusd_epi32(all[d], ones, with_sign);
-                salient[d] = _mm512_dpbusd_epi32(salient[d], at.mark, picked);
-                coded[d] = _mm512_dpbusd_epi32(coded[d], at.code, picked);
-                if (!Means) continue;
-                plain[d] = _mm512_dpbusd_epi32(plain[d], at.mark, _mm512_maskz_permutexvar_epi8(own, at.place, digit));
+                plain[i][d] = _mm512_load_si512(x_.digit[d] + kDotWindow * (2 * step + i));
+                x[i][d] = _mm512_mask_sub_epi8(plain[i][d], negative, _mm512_setzero_si512(), plain[i][d]);
             }
         }
-        for (int d = 0; d < Digits; d++) all[d] = _mm512_sub_epi32(all[d], salient[d]);
-        product = _mm512_fmadd_ps(together<Digits>(all), _mm512_set1_ps(of.ordinary[step]), product);
-        product = _mm512_fmadd_ps(together<Digits>(coded), _mm512_set1_ps(of.code[step]), product);
-        if (Means) product = _mm512_fmadd_ps(together<Digits>(plain), _mm512_set1_ps(of.offset[step]), product);
+#pragma GCC unroll 3
+        for (int d = 0; d < Digits; d++) {
+            __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 2
+            for (int i = 0; i < Windows; i++) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), x[i][d]);
+            all[d] = halves(sum);
+        }
+        const int64_t count = static_cast<uint8_t>(begin[Windows] - begin[0]);
+        int64_t done = 0;
+        do {
+            const SalientGaps::Some some = gaps_.at(first_ + done, count - done);
+            const __m256i mark = _mm256_and_si256(some.code, _mm256_set1_epi8(1));
+            const __m512i place = _mm512_castsi256_si512(_mm256_xor_si256(some.place, odd_));
+#pragma GCC unroll 3
+            for (int d = 0; d < Digits; d++) {
+                const __m256i picked = _mm512_castsi512_si256(_mm512_permutex2var_epi8(x[0][d], place, x[1][d]));
+                salient[d] = _mm256_dpbusd_epi32(salient[d], mark, picked);
+                coded[d] = _mm256_dpbusd_epi32(coded[d], some.code, picked);
+                if (!Means) continue;
+                const __m512i as_is = _mm512_permutex2var_epi8(plain[0][d], place, plain[1][d]);
+                unsigned_[d] = _mm256_dpbusd_epi32(unsigned_[d], mark, _mm512_castsi512_si256(as_is));
+            }
+        } while ((done += 32) < count);
+        first_ += count;
+        for (int d = 0; d < Digits; d++) all[d] = _mm256_sub_epi32(all[d], salient[d]);
+        ordinary_ = _mm256_fmadd_ps(together<Digits>(all), _mm256_set1_ps(of.ordinary[step]), ordinary_);
+        coded_ = _mm256_fmadd_ps(together<Digits>(coded), _mm256_set1_ps(of.code[step]), coded_);
+        if (Means) plain_ = _mm256_fmadd_ps(together<Digits>(unsigned_), _mm256_set1_ps(of.offset[step]), plain_);
     }
-    return product;
-}
+
+    const uint8_t* signs_;
+    const DigitsOf<Digits>& x_;
+    const SalientGaps& gaps_;
+    int64_t first_;  // the next gap
+    const int64_t windows_;
+    // Places are counted from the strip's first column, which is half a step off where rows have odd windows.
+    const __m256i odd_;
+    __m256 ordinary_{}, coded_{}, plain_{};
+};
 
 // A row's means times the sums of its groups; in 16 parts.
 inline __m512 means_product(const Coefficients& means, int64_t row, const float* sums) {
@@ -317,6 +374,17 @@ inline __m512 means_product(const Coefficients& means, int64_t row, const float*
     return product;
 }
 
+template <int Digits>
+inline __m512 row_product(const Partial& w, const DigitsOf<Digits>& x, const SalientGaps& gaps, int64_t row,
+                          const float* sums, int64_t& gaps_end) {
+    const StepCoefficients of(w, row, x.step);
+    if (!w.ordinary.means.data) {
+        return _mm512_zextps256_ps512(RowProduct<Digits, false>(w, x, gaps, row).times(of, gaps_end));
+    }
+    const __m512 product = _mm512_zextps256_ps512(RowProduct<Digits, true>(w, x, gaps, row).times(of, gaps_end));
+    return _mm512_add_ps(product, means_product(w.ordinary.means, row, sums));
+}
+
 // Tasks begin at whole strips.
 template <bool Int8>
 void partial_dots_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
@@ -324,24 +392,20 @@ void partial_dots_rows(const void* matrix, const Activations* kinds, int64_t fir
     constexpr int digits = Int8 ? 1 : 3;
     const Partial& w = *static_cast<const Partial*>(matrix);
     const Activations& x = kinds[0];
-    for (int64_t token = 0; token < x.tokens; token++) {
-        const DigitsOf<digits> of(x, token, w.m);
-        for (int64_t strip = first; strip < last; strip += kStripRows) {
-            SalientGaps gaps(w, strip / kStripRows);
-            const int64_t count = least(last - strip, kStripRows);
-            __m512 parts[kStripRows] = {};
-            for (int64_t i = 0; i < count; i++) {
-                const int64_t row = strip + i;
-                const StepCoefficients coefficients(w, row, of.step);
-                gaps.next_row();
-                if (w.ordinary.means.data) {
-                    parts[i] = row_product<digits, true>(w, of, gaps, coefficients, row);
-                    parts[i] = _mm512_add_ps(parts[i], means_product(w.ordinary.means, row, x.sums + token * x.runs));
-                } else {
-                    parts[i] = row_product<digits, false>(w, of, gaps, coefficients, row);
-                }
+    DigitsOf<digits> of[kFewTokens];
+    for (int64_t token = 0; token < x.tokens; token++) of[token].take(x, token, w.m);
+    for (int64_t strip = first; strip < last; strip += kStripRows) {
+        SalientGaps gaps(w, strip / kStripRows);
+        const int64_t count = least(last - strip, kStripRows);
+        __m512 parts[kFewTokens][kStripRows] = {};
+        for (int64_t i = 0, gaps_end = 0; i < count; i++) {
+            gaps.next_row(gaps_end);
+            for (int64_t token = 0; token < x.tokens; token++) {
+                parts[token][i] = row_product(w, of[token], gaps, strip + i, x.sums + token * x.runs, gaps_end);
             }
-            Avx512::store(y + token * stride + strip, sums_of(parts), count);
+        }
+        for (int64_t token = 0; token < x.tokens; token++) {
+            Avx512::store(y + token * stride + strip, sums_of(parts[token]), count);
         }
     }
 }
