@@ -27,9 +27,9 @@ namespace avx512 {
 constexpr int64_t kStepColumns = 32 * kStepWords, kMostSteps = kMostDotColumns / kStepColumns;
 constexpr int64_t kDecoded = 512;  // integers that are decoded at a time: 64 bytes of each plane
 
-// Integers from 8 * byte on, as bytes; ``odd`` makes 2 q + 1 of q. Planes are transposed, first whole bytes between
+// 512 integers from 8 * byte on, as bytes; ``odd`` makes 2 q + 1 of q. Planes are transposed, first whole bytes between
 // vectors, so that 8 integers have a word of 64 bits, then bits within the words.
-inline void integers_of_planes(const BitPlanes& planes, int64_t byte, bool odd, uint8_t* out) {
+inline void integers_of_planes(const BitPlanes& planes, int64_t byte, bool odd, __m512i* out) {
     const int64_t left = greatest(least(planes.width - byte, 64), 0);
     const __mmask64 present = _bzhi_u64(~0ull, static_cast<unsigned>(left));
     // Word 8 l + c from 4 c + l, since unpacking goes by quarters of vectors.
@@ -64,7 +64,7 @@ inline void integers_of_planes(const BitPlanes& planes, int64_t byte, bool odd, 
     for (int i = 0; i < 8; i++) {
         const __m512i low = fours[i / 4 * 4 + i / 2 % 2], high = fours[i / 4 * 4 + 2 + i / 2 % 2];
         const __m512i eight = i % 2 ? _mm512_unpackhi_epi32(low, high) : _mm512_unpacklo_epi32(low, high);
-        _mm512_store_si512(out + 64 * i, _mm512_gf2p8affine_epi64_epi8(unit, eight, 0));
+        out[i] = _mm512_gf2p8affine_epi64_epi8(unit, eight, 0);
     }
 }
 
@@ -75,8 +75,8 @@ class SalientGaps {
         next_code_ = strip ? w.ends[2 * strip - 2] : 0;
         gap_ = strip ? w.ends[2 * strip - 1] : 0;
         end_ = w.ends[2 * strip + 1];
+        codes_start_ = codes_end_ = next_code_ / 8 * 8;
         last_ = _mm512_set1_epi8(-1);
-        decode_codes();
     }
     // The strip's first row, or the one behind that whose gaps end before ``first``.
     void next_row(int64_t first) {
@@ -124,44 +124,67 @@ class SalientGaps {
         row_ = 0;
     }
     void decode() {
-        alignas(64) uint8_t gaps[kDecoded];
+        if (w_.gaps.bits < 6) decode<false>();
+        else decode<true>();
+    }
+    // Wide: gaps of 6 bits, of which 8 may pass 256 columns, and 64 more than 32 windows.
+    template <bool Wide>
+    void decode() {
+        while (codes_end_ < next_code_ + kDecoded) decode_codes();
+        __m512i gaps[kDecoded / 64];
         const int64_t byte = gap_ / 8, count = least(kDecoded, end_ - 8 * byte);
         integers_of_planes(w_.gaps, byte, false, gaps);
-        int64_t i = 0;
-        if (gap_ % 8) {  // not the strip before
-            add<false>(gaps, _bzhi_u64(~0ull << gap_ % 8, static_cast<unsigned>(least(count, 64))), gaps_);
-            i = 64;
+        Cursor at{gaps_, begun_, next_code_ - codes_start_, last_};
+        if (count == kDecoded && gap_ % 8 == 0) {
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < kDecoded / 64; i++) add<Wide, true>(at, gaps[i], ~0ull);
+        } else {
+            __mmask64 there = ~0ull << gap_ % 8;  // not the strip before
+            for (int64_t i = 0; 64 * i < count; i++, there = ~0ull) {
+                const int64_t left = least(count - 64 * i, 64);
+                add<Wide, false>(at, gaps[i], there & _bzhi_u64(~0ull, static_cast<unsigned>(left)));
+            }
         }
-        for (; i + 64 <= count; i += 64) add<true>(gaps + i, ~0ull, gaps_ + i);
-        if (i < count) add<false>(gaps + i, _bzhi_u64(~0ull, static_cast<unsigned>(count - i)), gaps_ + i);
         gaps_ += count;
         gap_ = 8 * byte + count;
+        begun_ = at.begun;
+        next_code_ = at.code + codes_start_;
+        last_ = at.last;
     }
+    // Where gaps, windows and codes are; out of memory, that stores might change for all the compiler knows.
+    struct Cursor {
+        int64_t gap, begun, code;
+        __m512i last;
+    };
     // 64 gaps, or with All unset those in the mask.
-    template <bool All>
-    [[gnu::always_inline]] void add(const uint8_t* gaps, __mmask64 there, int64_t at) {
+    template <bool Wide, bool All>
+    [[gnu::always_inline]] void add(Cursor& to, __m512i gap, __mmask64 there) {
         const __m512i escape = _mm512_set1_epi8(static_cast<char>((1 << w_.gaps.bits) - 1)), one = _mm512_set1_epi8(1);
-        const __m512i gap = _mm512_load_si512(gaps);
         // An escape passes so many columns, any other gap one more.
         __m512i steps = _mm512_min_epu8(_mm512_add_epi8(gap, one), escape);
         if (!All) steps = _mm512_maskz_mov_epi8(there, steps);
-        const __m512i places = _mm512_add_epi8(last_, prefix_sums(steps));
+        const __m512i places = _mm512_add_epi8(to.last, prefix_sums<Wide>(steps));
         __mmask64 marks = _mm512_cmpneq_epi8_mask(gap, escape);
         if (!All) marks &= there;
         const __m512i crossed = _mm512_xor_si512(places, _mm512_sub_epi8(places, steps));
-        add_windows(_mm512_test_epi8_mask(crossed, _mm512_set1_epi8(static_cast<char>(-kDotWindow))), at);
-        if (next_code_ + 64 > codes_from_ + kDecoded) decode_codes();
-        const __m512i codes = _mm512_loadu_si512(codes_ + next_code_ - codes_from_);
-        next_code_ += __builtin_popcountll(marks);
-        _mm512_store_si512(place_ + at, places);
-        _mm512_store_si512(code_ + at, _mm512_maskz_expand_epi8(marks, codes));
-        last_ = _mm512_permutexvar_epi8(_mm512_set1_epi8(63), places);
+        add_windows<Wide>(to, _mm512_test_epi8_mask(crossed, _mm512_set1_epi8(static_cast<char>(-kDotWindow))));
+        const __m512i codes = _mm512_loadu_si512(codes_ + to.code % (2 * kDecoded));
+        _mm512_store_si512(place_ + to.gap, places);
+        _mm512_store_si512(code_ + to.gap, _mm512_maskz_expand_epi8(marks, codes));
+        to.code += __builtin_popcountll(marks);
+        to.gap += 64;
+        to.last = _mm512_permutexvar_epi8(_mm512_set1_epi8(63), places);
     }
     // Modulo 256.
+    template <bool Wide>
     static __m512i prefix_sums(__m512i bytes) {
-        bytes = _mm512_add_epi8(bytes, _mm512_slli_epi64(bytes, 8));
-        bytes = _mm512_add_epi8(bytes, _mm512_slli_epi64(bytes, 16));
-        bytes = _mm512_add_epi8(bytes, _mm512_slli_epi64(bytes, 32));
+        if (Wide) {
+            bytes = _mm512_add_epi8(bytes, _mm512_slli_epi64(bytes, 8));
+            bytes = _mm512_add_epi8(bytes, _mm512_slli_epi64(bytes, 16));
+            bytes = _mm512_add_epi8(bytes, _mm512_slli_epi64(bytes, 32));
+        } else {  // no byte overflows
+            bytes = _mm512_mullo_epi64(bytes, _mm512_set1_epi64(0x0101010101010101));
+        }
         // Of the words' sums, each word's to those behind it.
         const __m512i before = _mm512_setr_epi64(0, 0xff, 0xffff, 0xffffff, 0xffffffff, 0xffffffffff, 0xffffffffffff,
                                                  0xffffffffffffff);
@@ -171,27 +194,35 @@ class SalientGaps {
                                                 0x0808080808080808, 0);
         return _mm512_add_epi8(bytes, _mm512_shuffle_epi8(sum, lowest));
     }
-    // Windows begin with the gaps in the mask, of 64 from ``at`` on.
-    [[gnu::always_inline]] void add_windows(__mmask64 first, int64_t at) {
+    // Windows begin with the gaps in the mask, of the cursor's 64.
+    template <bool Wide>
+    [[gnu::always_inline]] void add_windows(Cursor& to, __mmask64 first) {
         alignas(64) static constexpr uint8_t numbers[64] = {
             0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
             22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
             44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
-        const __m512i from_at = _mm512_add_epi8(_mm512_load_si512(numbers), _mm512_set1_epi8(static_cast<char>(at)));
-        _mm512_storeu_si512(begin_ + begun_, _mm512_maskz_compress_epi8(first, from_at));
-        begun_ += __builtin_popcountll(first);
+        const __m512i all = _mm512_add_epi8(_mm512_load_si512(numbers), _mm512_set1_epi8(static_cast<char>(to.gap)));
+        const __m512i some = _mm512_maskz_compress_epi8(first, all);
+        if (Wide) _mm512_storeu_si512(begin_ + to.begun, some);
+        else _mm256_storeu_si256(reinterpret_cast<__m256i*>(begin_ + to.begun), _mm512_castsi512_si256(some));
+        to.begun += __builtin_popcountll(first);
     }
+    // Codes have two places in turn, and the first of them are also behind the last, to be read from any one on.
     void decode_codes() {
-        codes_from_ = next_code_ / 8 * 8;
-        integers_of_planes(w_.codes, next_code_ / 8, true, codes_);
+        __m512i codes[kDecoded / 64];
+        integers_of_planes(w_.codes, codes_end_ / 8, true, codes);
+        const int64_t to = (codes_end_ - codes_start_) % (2 * kDecoded);
+        for (int64_t i = 0; i < kDecoded / 64; i++) _mm512_store_si512(codes_ + to + 64 * i, codes[i]);
+        if (to == 0) _mm512_store_si512(codes_ + 2 * kDecoded, codes[0]);
+        codes_end_ += kDecoded;
     }
 
     const Partial& w_;
-    int64_t windows_, gap_, end_, next_code_, codes_from_ = 0;
+    int64_t windows_, gap_, end_, next_code_, codes_start_, codes_end_;
     int64_t row_ = 0, first_ = 0;     // the row's first window and gap
     int64_t gaps_ = 0, begun_ = 0;  // how many there are of gaps, and of windows begun
     __m512i last_;                  // where the last gap ended
-    alignas(64) uint8_t place_[kMost], code_[kMost], codes_[kDecoded];
+    alignas(64) uint8_t place_[kMost], code_[kMost], codes_[2 * kDecoded + 64];
     uint8_t begin_[kStripRows * kMostDotColumns / kDotWindow + kDecoded + 64];
 };
 
