@@ -18,13 +18,12 @@
 
 #pragma once
 
-#include "dots_avx512.h"
 #include "partial.h"
+#include "step_digits_avx512.h"
 
 namespace kernels {
 namespace avx512 {
 
-constexpr int64_t kStepColumns = 32 * kStepWords, kMostSteps = kMostDotColumns / kStepColumns;
 constexpr int64_t kDecoded = 512;  // integers that are decoded at a time: 64 bytes of each plane
 
 // 512 integers from 8 * byte on, as bytes; ``odd`` makes 2 q + 1 of q. Planes are transposed, first whole bytes between
@@ -168,7 +167,7 @@ class SalientGaps {
         if (!All) marks &= there;
         const __m512i crossed = _mm512_xor_si512(places, _mm512_sub_epi8(places, steps));
         add_windows<Wide>(to, _mm512_test_epi8_mask(crossed, _mm512_set1_epi8(static_cast<char>(-kDotWindow))));
-        const __m512i codes = _mm512_loadu_si512(codes_ + to.code % (2 * kDecoded));
+        const __m512i codes = _mm512_loadu_si512(codes_ + (to.code & (2 * kDecoded - 1)));
         _mm512_store_si512(place_ + to.gap, places);
         _mm512_store_si512(code_ + to.gap, _mm512_maskz_expand_epi8(marks, codes));
         to.code += __builtin_popcountll(marks);
@@ -211,7 +210,7 @@ class SalientGaps {
     void decode_codes() {
         __m512i codes[kDecoded / 64];
         integers_of_planes(w_.codes, codes_end_ / 8, true, codes);
-        const int64_t to = (codes_end_ - codes_start_) % (2 * kDecoded);
+        const int64_t to = (codes_end_ - codes_start_) & (2 * kDecoded - 1);
         for (int64_t i = 0; i < kDecoded / 64; i++) _mm512_store_si512(codes_ + to + 64 * i, codes[i]);
         if (to == 0) _mm512_store_si512(codes_ + 2 * kDecoded, codes[0]);
         codes_end_ += kDecoded;
@@ -224,50 +223,6 @@ class SalientGaps {
     __m512i last_;                  // where the last gap ended
     alignas(64) uint8_t place_[kMost], code_[kMost], codes_[2 * kDecoded + 64];
     uint8_t begin_[kStripRows * kMostDotColumns / kDotWindow + kDecoded + 64];
-};
-
-// Activations as digits, the highest first, and for every 128 columns what the lowest is worth.
-template <int Digits>
-struct DigitsOf {
-    alignas(64) int8_t digit[Digits][kMostDotColumns];
-    alignas(64) float step[kMostSteps];
-
-    void take(const Activations& x, int64_t token, int64_t m) {
-        for (int64_t i = 0; i < m; i += kStepColumns) {
-            const int64_t columns = least(m - i, kStepColumns);
-            if (Digits == 1) {
-                step[i / kStepColumns] = x.steps[token * x.words + i / 32];
-                __builtin_memcpy(digit[0] + i, rounded_numbers(x, token) + i, static_cast<size_t>(columns));
-            } else {
-                step[i / kStepColumns] = split(numbers(x, token) + i, i, columns);
-            }
-        }
-    }
-
-   private:
-    float split(const float* x, int64_t at, int64_t columns) {
-        __m512 largest = _mm512_setzero_ps(), spoilt = largest;  // NaN, if one is infinite or no number
-        for (int64_t i = 0; i < columns; i += 16) {
-            const __m512 some = _mm512_loadu_ps(x + i);
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(some));
-            spoilt = _mm512_fmadd_ps(some, _mm512_setzero_ps(), spoilt);
-        }
-        const float size = _mm512_reduce_max_ps(largest), not_finite = _mm512_reduce_add_ps(spoilt);
-        constexpr float units = 127 * 128 * 128;
-        const bool any = size > 1e-36f && not_finite == 0.0f;  // sizes with no finite inverse are as good as zero
-        const __m512 per_step = _mm512_set1_ps(any ? units / size : 0.0f);
-        for (int64_t i = 0; i < columns; i += 16) {
-            __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), per_step));
-            if (!any) rest = _mm512_setzero_si512();
-            for (int d = Digits - 1; d > 0; d--) {
-                const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(rest, 25), 25);  // -64 .. 63
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(digit[d] + at + i), _mm512_cvtepi32_epi8(low));
-                rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, low), 7);
-            }
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(digit[0] + at + i), _mm512_cvtepi32_epi8(rest));
-        }
-        return any ? size / units : not_finite;
-    }
 };
 
 // A row's coefficients, for every 128 columns, times the activations' steps.
@@ -301,14 +256,6 @@ struct StepCoefficients {
         return _mm512_permutexvar_ps(_mm512_load_si512(which), groups);
     }
 };
-
-// What digits' sums are together.
-template <int Digits>
-[[gnu::always_inline]] inline __m256 together(const __m256i* sum) {
-    if (Digits == 1) return _mm256_cvtepi32_ps(sum[0]);
-    const __m256i high = _mm256_add_epi32(_mm256_slli_epi32(sum[0], 7), sum[1]);
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(128.0f), _mm256_cvtepi32_ps(sum[2]));
-}
 
 [[gnu::always_inline]] inline __m256i halves(__m512i sums) {
     return _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
