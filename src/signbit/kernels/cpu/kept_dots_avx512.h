@@ -114,11 +114,16 @@ struct RowFloats {
     }
 };
 
-// What digits' sums are together.
-template <int Digits>
-[[gnu::always_inline]] inline __m512 numbers_of(const __m512i* sum) {
-    if (Digits == 1) return floats(sum[0]);
-    return floats(_mm512_add_epi32(_mm512_slli_epi32(_mm512_add_epi32(_mm512_slli_epi32(sum[0], 7), sum[1]), 7), sum[2]));
+// Lines of memory that begin in a row, a while before it is read.
+inline void fetch_ahead(const void* data, int64_t row_bytes, int64_t row) {
+    constexpr int64_t ahead = 8;
+    const auto begin = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>((row + ahead) * row_bytes);
+    for (uintptr_t at = (begin + 63) / 64 * 64; at < begin + static_cast<uintptr_t>(row_bytes); at += 64) {
+        Avx512::prefetch(reinterpret_cast<const void*>(at));
+    }
+}
+inline void fetch_ahead(const Coefficients& of, int64_t row) {
+    fetch_ahead(of.data, of.per_row * (of.type == Scalar::f32 ? 4 : 2), row);
 }
 
 // The activations of 128 columns, ordinary and salient: digits, and what a unit of the lowest is worth.
@@ -156,11 +161,15 @@ struct KeptRow {
             out[d] = _mm512_mask_sub_epi8(out[d], negative, _mm512_setzero_si512(), out[d]);
         }
     }
+    // x times bytes of 0 and 1; the middle digit times 128 right away.
     [[gnu::always_inline]] static __m512 times(const __m512i* x, __m512i bytes) {
-        __m512i sum[Digits];
-#pragma GCC unroll 3
-        for (int d = 0; d < Digits; d++) sum[d] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), bytes, x[d]);
-        return numbers_of<Digits>(sum);
+        __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), bytes, x[Digits - 1]);
+        if (Digits == 3) {
+            const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), bytes, x[0]);
+            sum = _mm512_dpbusd_epi32(sum, _mm512_slli_epi16(bytes, 7), x[1]);
+            sum = _mm512_add_epi32(sum, _mm512_slli_epi32(high, 14));
+        }
+        return floats(sum);
     }
 
     [[gnu::always_inline]] void add(const KeptStep<Digits>& x, __m512i columns, const uint8_t* sign_bits,
@@ -215,6 +224,11 @@ void kept_dots(const KeptDots& w, const Activations* kinds, int64_t first, int64
         __m512 parts[kFewTokens][kDotRows] = {};
         for (int64_t i = 0; i < count; i++) {
             const uint8_t* ranks = of.ranks.data + (row + i) * of.ranks.row_bytes;
+            for (const Plane& plane : {of.signs, of.ranks, of.regions}) {
+                fetch_ahead(plane.data, plane.row_bytes, row + i);
+            }
+            fetch_ahead(of.scales, row + i);
+            fetch_ahead(of.salient_scales, row + i);
             planes.load(of, row + i);
             scales.load(of.scales, row + i);
             if (salient) salient_scales.load_pairs(of.salient_scales, row + i);
