@@ -398,6 +398,7 @@ ROW_BY_ROW: dict[str, Make] = {
     "4 of 8, one region": structured(4, 8, regions=1, group=0),
     "4 of 8, means": structured(4, 8, mean=True, salient=0.2),
     "2 of 4": structured(2, 4, salient=0.06),
+    "5 of 8, means": structured(5, 8, mean=True, salient=0.2),
     "6 of 8, two regions": structured(6, 8, regions=2, group=256, mean=True, salient=0.03),
     "5 of 8, one region": structured(5, 8, regions=1, group=0),
     "1 of 4": structured(1, 4, regions=2, salient=0.06),

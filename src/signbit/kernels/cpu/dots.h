@@ -129,7 +129,7 @@ struct StructuredDots {
     SalientBlocks salient;
 };
 
-// Structured rows of which half is kept, without means (kept_dots_avx512.h): what there is for each step of 128 columns.
+// Structured rows of which half is kept (kept_dots_avx512.h): what there is for each step of 128 columns.
 // Steps whose ranks are looked up together are a chunk again.
 constexpr int64_t kChunkSteps = 4;
 struct KeptDots {

@@ -8,7 +8,7 @@
 //     y = sum over groups of  scale_r E_r   +   sum over groups with salient columns of  scale_o F + scale_s (F - 2 G)
 //
 // E_r: of x' in region r; F: of x' at salient columns, which have activations of their own; G: of those where the sign of
-// the residual is another than the weight's.
+// sign of the residual is another than the weight's. Means are multiplied by the same sums of x itself.
 
 #pragma once
 
@@ -148,17 +148,18 @@ inline void take_steps(const Activations& x, int64_t token, int64_t m, int kind,
 }
 
 // A row that is at hand.
-template <int Digits, int Regions>
+template <int Digits, int Regions, bool Means>
 struct KeptRow {
-    const float *scales, *salient_scales;
+    const float *scales, *salient_scales, *means, *salient_means;
     __m512 ordinary{}, salient{};
 
     // Activations of kept weights, with their signs.
-    [[gnu::always_inline]] static void bring(const __m512i (*x)[2], __m512i columns, __mmask64 negative, __m512i* out) {
+    [[gnu::always_inline]] static void bring(const __m512i (*x)[2], __m512i columns, __mmask64 negative,
+                                             __m512i* as_is, __m512i* out) {
 #pragma GCC unroll 3
         for (int d = 0; d < Digits; d++) {
-            out[d] = _mm512_permutex2var_epi8(x[d][0], columns, x[d][1]);
-            out[d] = _mm512_mask_sub_epi8(out[d], negative, _mm512_setzero_si512(), out[d]);
+            as_is[d] = _mm512_permutex2var_epi8(x[d][0], columns, x[d][1]);
+            out[d] = _mm512_mask_sub_epi8(as_is[d], negative, _mm512_setzero_si512(), as_is[d]);
         }
     }
     // x times bytes of 0 and 1; the middle digit times 128 right away.
@@ -176,24 +177,34 @@ struct KeptRow {
                                     const uint8_t* ones_bits, const KeptDots::Groups& group) {
         const __m512i one = _mm512_set1_epi8(1);
         const __mmask64 negative = mask_at(sign_bits);
-        __m512i ones{}, twos{}, own[Digits];
+        __m512i ones{}, twos{}, as_is[Digits], own[Digits];
         if (Regions > 1) ones = _mm512_maskz_mov_epi8(mask_at(ones_bits), one);
         if (Regions > 2) twos = _mm512_maskz_mov_epi8(mask_at(ones_bits + KeptPlanes::twos), one);
         const __m512i rest = _mm512_ternarylogic_epi64(one, ones, twos, 0x10);  // one & ~(ones | twos)
-        bring(x.digit[0], columns, negative, own);
+        bring(x.digit[0], columns, negative, as_is, own);
         const float* scale = scales + group.ordinary;
         __m512 of_step = _mm512_mul_ps(times(own, rest), _mm512_set1_ps(scale[0]));
         if (Regions > 1) of_step = _mm512_fmadd_ps(times(own, ones), _mm512_set1_ps(scale[1]), of_step);
         if (Regions > 2) of_step = _mm512_fmadd_ps(times(own, twos), _mm512_set1_ps(scale[2]), of_step);
+        if (Means) {
+            const float* mean = means + group.ordinary;
+            of_step = _mm512_fmadd_ps(times(as_is, rest), _mm512_set1_ps(mean[0]), of_step);
+            if (Regions > 1) of_step = _mm512_fmadd_ps(times(as_is, ones), _mm512_set1_ps(mean[1]), of_step);
+            if (Regions > 2) of_step = _mm512_fmadd_ps(times(as_is, twos), _mm512_set1_ps(mean[2]), of_step);
+        }
         ordinary = _mm512_fmadd_ps(of_step, _mm512_set1_ps(x.worth[0]), ordinary);
         if (group.salient < 0) return;
 
-        bring(x.digit[1], columns, negative, own);
+        bring(x.digit[1], columns, negative, as_is, own);
         const float* salient_scale = salient_scales + group.salient;
         const __m512i residual = _mm512_or_si512(ones, twos), signs = _mm512_maskz_mov_epi8(negative, one);
         const __m512 all = times(own, one), other = times(own, _mm512_xor_si512(residual, signs));
         of_step = _mm512_mul_ps(all, _mm512_set1_ps(salient_scale[0]));
         of_step = _mm512_fmadd_ps(other, _mm512_set1_ps(salient_scale[1]), of_step);
+        if (Means) {
+            const __m512 mean = _mm512_set1_ps(salient_means[group.salient / 2]);
+            of_step = _mm512_fmadd_ps(times(as_is, one), mean, of_step);
+        }
         salient = _mm512_fmadd_ps(of_step, _mm512_set1_ps(x.worth[1]), salient);
     }
 
@@ -205,7 +216,7 @@ struct KeptRow {
     }
 };
 
-template <int Digits, int Regions>
+template <int Digits, int Regions, bool Means>
 void kept_dots(const KeptDots& w, const Activations* kinds, int64_t first, int64_t last, float* y, int64_t stride) {
     const Structured& of = *w.of;
     const int64_t tokens = kinds[0].tokens, rank_bytes = 2 * kChunkSteps * w.rank_bits;
@@ -213,8 +224,8 @@ void kept_dots(const KeptDots& w, const Activations* kinds, int64_t first, int64
     const KeptColumns kept(w);
     KeptStep<Digits> x[kFewTokens][kMostSteps];
     KeptPlanes planes;
-    RowFloats<kMostSteps * kMaxRegions> scales;
-    RowFloats<kMostSteps * 2> salient_scales;
+    RowFloats<kMostSteps * kMaxRegions> scales, means;
+    RowFloats<kMostSteps * 2> salient_scales, salient_means;
     for (int64_t token = 0; token < tokens; token++) {
         for (int64_t step = 0; step < w.chunks * kChunkSteps; step++) x[token][step] = {};
         for (int kind = 0; kind <= salient; kind++) take_steps(kinds[kind], token, of.m, kind, x[token]);
@@ -227,13 +238,19 @@ void kept_dots(const KeptDots& w, const Activations* kinds, int64_t first, int64
             for (const Plane& plane : {of.signs, of.ranks, of.regions}) {
                 fetch_ahead(plane.data, plane.row_bytes, row + i);
             }
-            fetch_ahead(of.scales, row + i);
-            fetch_ahead(of.salient_scales, row + i);
+            for (const Coefficients* all : {&of.scales, &of.means, &of.salient_scales, &of.salient_means}) {
+                fetch_ahead(*all, row + i);
+            }
             planes.load(of, row + i);
             scales.load(of.scales, row + i);
             if (salient) salient_scales.load_pairs(of.salient_scales, row + i);
+            if (Means) {
+                means.load(of.means, row + i);
+                salient_means.load(of.salient_means, row + i);
+            }
             for (int64_t token = 0; token < tokens; token++) {
-                KeptRow<Digits, Regions> product{scales.value, salient_scales.value};
+                KeptRow<Digits, Regions, Means> product{scales.value, salient_scales.value, means.value,
+                                                        salient_means.value};
                 // Those of the next chunk are looked up while one is multiplied.
                 __m512i next[kChunkSteps], columns[kChunkSteps];
                 kept.load(ranks, of.ranks.row_bytes, next);
@@ -259,10 +276,12 @@ void kept_dots(const KeptDots& w, const Activations* kinds, int64_t first, int64
 template <int Digits>
 void kept_dots_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
                     int64_t stride) {
+    using OfRows = void (*)(const KeptDots&, const Activations*, int64_t, int64_t, float*, int64_t);
+    static constexpr OfRows all[2][kMaxRegions] = {
+        {kept_dots<Digits, 1, false>, kept_dots<Digits, 2, false>, kept_dots<Digits, 3, false>},
+        {kept_dots<Digits, 1, true>, kept_dots<Digits, 2, true>, kept_dots<Digits, 3, true>}};
     const KeptDots& w = *static_cast<const KeptDots*>(matrix);
-    if (w.of->regions_count == 1) kept_dots<Digits, 1>(w, kinds, first, last, y, stride);
-    else if (w.of->regions_count == 2) kept_dots<Digits, 2>(w, kinds, first, last, y, stride);
-    else kept_dots<Digits, 3>(w, kinds, first, last, y, stride);
+    all[w.of->means.data != nullptr][w.of->regions_count - 1](w, kinds, first, last, y, stride);
 }
 
 }  // namespace avx512

@@ -169,14 +169,14 @@ class StructuredDotsMatrix : public CodedMatrix {
     bool possible_;
 };
 
-// The same where half of every 8 columns is kept.
+// The same where half of the columns is kept.
 class KeptDotsMatrix : public Matrix {
    public:
     KeptDotsMatrix(const StructuredMatrix& all, int64_t group_size, const Plane& map)
         : Matrix(all.n, all.m, group_size), all_(all) {
         const Structured& of = *static_cast<const Structured*>(all.self());
         const int64_t size = group_size ? group_size : m, cells = 8 / std::max<int64_t>(of.of, 1);
-        possible_ = (of.of == 8 || of.of == 4) && 2 * of.keep == of.of && !of.means.data && m <= kMostDotColumns &&
+        possible_ = (of.of == 8 || of.of == 4) && 2 * of.keep == of.of && m <= kMostDotColumns &&
                     (size % kStepColumns == 0 || size >= m);
         if (!possible_) return;
         tabulate_pairs(of, cells);
