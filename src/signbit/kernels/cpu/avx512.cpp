@@ -228,6 +228,7 @@ bool supported() {
 #include "sign_dots_avx512.h"
 #include "structured_avx512.h"
 #include "structured_dots_avx512.h"
+#include "kept_dots_avx512.h"
 #include "zoned_dots_avx512.h"
 
 namespace kernels {
@@ -240,6 +241,8 @@ constexpr Isa with_dots() {
     isa.sign_dots = sign_dots_rows;
     isa.split_dots[0] = split_dots_rows<kDigits[0]>;
     isa.split_dots[1] = split_dots_rows<kDigits[1]>;
+    isa.kept_dots[0] = kept_dots_rows<kDigits[0]>;
+    isa.kept_dots[1] = kept_dots_rows<kDigits[1]>;
     isa.structured_dots[0] = structured_dots_rows<kDigits[0]>;
     isa.structured_dots[1] = structured_dots_rows<kDigits[1]>;
     isa.haar_dots[0] = haar_dots_rows<kDigits[0]>;

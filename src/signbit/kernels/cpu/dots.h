@@ -129,4 +129,18 @@ struct StructuredDots {
     SalientBlocks salient;
 };
 
+// Structured rows of which half is kept (kept_dots_avx512.h): what there is for each step of 128 columns.
+// Steps whose ranks are looked up together are a chunk again.
+constexpr int64_t kChunkSteps = 4;
+struct KeptDots {
+    const Structured* of;
+    int64_t rank_bits;             // of 8 columns
+    const uint8_t* pairs;          // [2][128]: the first two and the last two kept of 8 columns, 4 bits each, by rank
+    struct Groups {
+        int32_t ordinary, salient;  // where the step's first scale is in a row of them; -1: none is salient
+    };
+    const Groups* group;  // [kChunkSteps * chunks]
+    int64_t chunks;
+};
+
 }  // namespace kernels

@@ -40,7 +40,9 @@ struct Plane {
 // Words of a row that are worked on together: few enough to stay in the first-level cache.
 constexpr int64_t kBlockWords = 32;
 // Words that share a step where activations are rounded to 8 bits; sums of so many are certain to fit 16 bits.
-constexpr int64_t kStepWords = 4;
+constexpr int64_t kStepWords = 4, kStepColumns = 32 * kStepWords;
+// What few tokens are multiplied with in such steps has room for the activations of so many columns.
+constexpr int64_t kMostDotColumns = 32768;
 
 // The columns of one group: words [word, end), of which the first and the last may be shared with its neighbours.
 struct Run {
@@ -99,7 +101,7 @@ struct Isa {
     Rows sign_planes[2];     // exact, int8; each layout's rows [first, last): y[token * stride + row]
     // Times few tokens; null where lookups are as fast.
     Rows sign_dots;  // in 8 bits
-    Rows split_dots[2], haar_dots[2], structured_dots[2], partial_dots[2];
+    Rows split_dots[2], haar_dots[2], structured_dots[2], kept_dots[2], partial_dots[2];
     Rows coded[2];
     Rows integers[2];
     Rows structured[2];

@@ -21,9 +21,8 @@ namespace kernels {
 
 constexpr int64_t kStripRows = 16;
 
-// What few tokens are multiplied with from end to end of a row (partial_dots_avx512.h): so many columns at a time, and
-// so many at most.
-constexpr int64_t kDotWindow = 64, kMostDotColumns = 32768;
+// What few tokens are multiplied with from end to end of a row (partial_dots_avx512.h): so many columns at a time.
+constexpr int64_t kDotWindow = 64;
 
 // Integers as bit planes, [bits][width] bytes.
 struct BitPlanes {

@@ -4,231 +4,20 @@
 //
 // With x_j' = s_j x_j, activations with the weights' signs: E is the sum of all x', F of those at salient weights, G of
 // (2 q + 1) x' and C of x there. A window's 64 activations of 8 bits are one register: a subtraction under the mask of
-// the signs makes x', one vpermb brings those at salient weights together, wherever they are, and vpdpbusd multiplies
-// them by their codes, as they are stored: nothing is gathered, and what a window takes hardly depends on how many of
-// its weights are salient.
-//
-// For this, places must be known modulo 64 only, and one byte holds them; what else is needed is where in the sequence
-// of gaps each window begins. Both are prefix sums over 64 gaps at a time. Gaps are shorter than a window, so each
-// window, but those behind the last salient weight of a strip, has the end of one, and the windows' first gaps are
-// simply those that end in another window than the one before.
+// the signs makes x'. One vpermi2b brings those at the salient weights of two windows together, wherever they are, and
+// vpdpbusd multiplies them by their codes, as they are stored: nothing is gathered, and what a step of 128 columns
+// takes hardly depends on how many of its weights are salient. Where they are: salient_gaps_avx512.h.
 //
 // Exact activations are three digits to the base 128, each times its own dot product, with a step for every 128 columns
 // as those of 8 bits: 22 bits of the largest one.
 
 #pragma once
 
-#include "dots_avx512.h"
-#include "partial.h"
+#include "salient_gaps_avx512.h"
+#include "step_digits_avx512.h"
 
 namespace kernels {
 namespace avx512 {
-
-constexpr int64_t kStepColumns = 32 * kStepWords, kMostSteps = kMostDotColumns / kStepColumns;
-constexpr int64_t kDecoded = 512;  // integers that are decoded at a time: 64 bytes of each plane
-
-// Integers from 8 * byte on, as bytes; ``odd`` makes 2 q + 1 of q. Planes are transposed, first whole bytes between
-// vectors, so that 8 integers have a word of 64 bits, then bits within the words.
-inline void integers_of_planes(const BitPlanes& planes, int64_t byte, bool odd, uint8_t* out) {
-    const int64_t left = greatest(least(planes.width - byte, 64), 0);
-    const __mmask64 present = _bzhi_u64(~0ull, static_cast<unsigned>(left));
-    // Word 8 l + c from 4 c + l, since unpacking goes by quarters of vectors.
-    const __m512i row = _mm512_set1_epi64(0x000c000800040000), up = _mm512_set1_epi64(0x0010001000100010);
-    const __m512i quarter = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
-    const __m512i order = _mm512_add_epi16(_mm512_mask_add_epi64(row, 0xaa, row, up),
-                                           _mm512_mullo_epi64(quarter, _mm512_set1_epi64(0x0001000100010001)));
-    // The highest plane first: that is how vgf2p8affineqb has it.
-    __m512i p[8];
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < 8; i++) {
-        const int64_t plane = 7 - i - odd;
-        p[i] = _mm512_set1_epi8(plane < 0 ? -1 : 0);
-        if (plane < 0 || plane >= planes.bits) continue;
-        const uint8_t* bytes = planes.data + plane * planes.width + byte;
-        p[i] = _mm512_permutexvar_epi16(order, _mm512_maskz_loadu_epi8(present, bytes));
-        Avx512::prefetch(bytes + 1024);
-    }
-    __m512i twos[8], fours[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        twos[i] = _mm512_unpacklo_epi8(p[2 * i], p[2 * i + 1]);
-        twos[4 + i] = _mm512_unpackhi_epi8(p[2 * i], p[2 * i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-        fours[i] = _mm512_unpacklo_epi16(twos[i], twos[i + 1]);
-        fours[i + 1] = _mm512_unpackhi_epi16(twos[i], twos[i + 1]);
-    }
-    const __m512i unit = _mm512_set1_epi64(static_cast<long long>(0x8040201008040201));
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        const __m512i low = fours[i / 4 * 4 + i / 2 % 2], high = fours[i / 4 * 4 + 2 + i / 2 % 2];
-        const __m512i eight = i % 2 ? _mm512_unpackhi_epi32(low, high) : _mm512_unpacklo_epi32(low, high);
-        _mm512_store_si512(out + 64 * i, _mm512_gf2p8affine_epi64_epi8(unit, eight, 0));
-    }
-}
-
-// Of 64 gaps: the columns that they end in, modulo 64; 1 where there is a salient weight; its 2 q + 1, or 0.
-struct Salient {
-    __m512i place, mark, code;
-};
-
-// The gaps of a strip and what they lead to, decoded a little more than a row at a time.
-class SalientGaps {
-   public:
-    SalientGaps(const Partial& w, int64_t strip) : w_(w), windows_(w.m / kDotWindow) {
-        next_code_ = strip ? w.ends[2 * strip - 2] : 0;
-        gap_ = strip ? w.ends[2 * strip - 1] : 0;
-        end_ = w.ends[2 * strip + 1];
-        last_ = _mm512_set1_epi8(-1);
-        decode_codes();
-    }
-    void next_row() {
-        if (begun_) row_ += windows_;
-        if (row_ < begun_ && begin_[row_] > kKept) drop();
-        while (begun_ <= row_ + windows_ && gap_ < end_) decode();
-        for (; begun_ <= row_ + windows_; begun_++) begin_[begun_] = static_cast<uint16_t>(gaps_);
-    }
-    // The first gap that ends in each of the row's windows, and behind them the next row's first.
-    const uint16_t* begin() const { return begin_ + row_; }
-    Salient at(int64_t first) const {
-        return {_mm512_loadu_si512(place_ + first), _mm512_loadu_si512(mark_ + first),
-                _mm512_loadu_si512(code_ + first)};
-    }
-
-   private:
-    static constexpr int64_t kKept = 2048, kMost = kKept + kMostDotColumns + 2 * kDecoded;
-
-    // What was before this row.
-    void drop() {
-        const int64_t from = begin_[row_];
-        for (int64_t i = from; i < gaps_; i += 64) {
-            for (uint8_t* bytes : {place_, mark_, code_}) {
-                _mm512_storeu_si512(bytes + i - from, _mm512_loadu_si512(bytes + i));
-            }
-        }
-        gaps_ -= from;
-        begun_ -= row_;
-        for (int64_t i = 0; i < begun_; i++) begin_[i] = static_cast<uint16_t>(begin_[row_ + i] - from);
-        row_ = 0;
-    }
-    void decode() {
-        alignas(64) uint8_t gaps[kDecoded];
-        const int64_t byte = gap_ / 8, count = least(kDecoded, end_ - 8 * byte);
-        integers_of_planes(w_.gaps, byte, false, gaps);
-        __mmask64 there = ~0ull << gap_ % 8;  // not the strip before
-        for (int64_t i = 0; i < count; i += 64) {
-            there &= _bzhi_u64(~0ull, static_cast<unsigned>(least(count - i, 64)));
-            add(_mm512_load_si512(gaps + i), there, gaps_ + i);
-            there = ~0ull;
-        }
-        gaps_ += count;
-        gap_ = 8 * byte + count;
-    }
-    // Up to 64 gaps.
-    void add(__m512i gap, __mmask64 there, int64_t at) {
-        const __m512i escape = _mm512_set1_epi8(static_cast<char>((1 << w_.gaps.bits) - 1)), one = _mm512_set1_epi8(1);
-        // An escape passes so many columns, any other gap one more.
-        const __m512i steps = _mm512_maskz_min_epu8(there, _mm512_add_epi8(gap, one), escape);
-        const __m512i places = _mm512_add_epi8(last_, prefix_sums(steps));
-        const __mmask64 marks = _mm512_mask_cmpneq_epi8_mask(there, gap, escape);
-        const __m512i crossed = _mm512_xor_si512(places, _mm512_sub_epi8(places, steps));
-        add_windows(_mm512_test_epi8_mask(crossed, _mm512_set1_epi8(static_cast<char>(-kDotWindow))), at);
-        if (next_code_ + 64 > codes_from_ + kDecoded) decode_codes();
-        const __m512i codes = _mm512_loadu_si512(codes_ + next_code_ - codes_from_);
-        next_code_ += __builtin_popcountll(marks);
-        _mm512_storeu_si512(place_ + at, places);
-        _mm512_storeu_si512(mark_ + at, _mm512_maskz_mov_epi8(marks, one));
-        _mm512_storeu_si512(code_ + at, _mm512_maskz_expand_epi8(marks, codes));
-        last_ = _mm512_permutexvar_epi8(_mm512_set1_epi8(63), places);
-    }
-    // Modulo 256.
-    static __m512i prefix_sums(__m512i bytes) {
-        bytes = _mm512_add_epi8(bytes, _mm512_slli_epi64(bytes, 8));
-        bytes = _mm512_add_epi8(bytes, _mm512_slli_epi64(bytes, 16));
-        bytes = _mm512_add_epi8(bytes, _mm512_slli_epi64(bytes, 32));
-        // Of the words' sums, each word's to those behind it.
-        const __m512i before = _mm512_setr_epi64(0, 0xff, 0xffff, 0xffffff, 0xffffffff, 0xffffffffff, 0xffffffffffff,
-                                                 0xffffffffffffff);
-        const __m512i sums = _mm512_permutexvar_epi8(_mm512_set1_epi64(0x3f372f271f170f07), bytes);
-        const __m512i sum = _mm512_sad_epu8(_mm512_and_si512(sums, before), _mm512_setzero_si512());
-        const __m512i lowest = _mm512_set_epi64(0x0808080808080808, 0, 0x0808080808080808, 0, 0x0808080808080808, 0,
-                                                0x0808080808080808, 0);
-        return _mm512_add_epi8(bytes, _mm512_shuffle_epi8(sum, lowest));
-    }
-    // Windows begin with the gaps in the mask, of 64 from ``at`` on.
-    void add_windows(__mmask64 first, int64_t at) {
-        alignas(64) static constexpr uint8_t numbers[64] = {
-            0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
-            22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
-            44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
-        const __m512i found = _mm512_maskz_compress_epi8(first, _mm512_load_si512(numbers));
-        const __m512i start = _mm512_set1_epi16(static_cast<int16_t>(at));
-        const int64_t count = __builtin_popcountll(first);
-        const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(found));
-        _mm512_storeu_si512(begin_ + begun_, _mm512_add_epi16(start, low));
-        if (count > 32) {
-            const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(found, 1));
-            _mm512_storeu_si512(begin_ + begun_ + 32, _mm512_add_epi16(start, high));
-        }
-        begun_ += count;
-    }
-    void decode_codes() {
-        codes_from_ = next_code_ / 8 * 8;
-        integers_of_planes(w_.codes, next_code_ / 8, true, codes_);
-    }
-
-    const Partial& w_;
-    int64_t windows_, gap_, end_, next_code_, codes_from_ = 0;
-    int64_t row_ = 0, gaps_ = 0, begun_ = 0;  // the row's first window; how many there are of gaps, of windows begun
-    __m512i last_;                  // where the last gap ended
-    alignas(64) uint8_t place_[kMost], mark_[kMost], code_[kMost], codes_[kDecoded];
-    uint16_t begin_[kStripRows * kMostDotColumns / kDotWindow + kDecoded + 64];
-};
-
-// Activations as digits, the highest first, and for every 128 columns what the lowest is worth.
-template <int Digits>
-struct DigitsOf {
-    alignas(64) int8_t digit[Digits][kMostDotColumns];
-    alignas(64) float step[kMostSteps];
-
-    DigitsOf(const Activations& x, int64_t token, int64_t m) {
-        for (int64_t i = 0; i < m; i += kStepColumns) {
-            const int64_t columns = least(m - i, kStepColumns);
-            if (Digits == 1) {
-                step[i / kStepColumns] = x.steps[token * x.words + i / 32];
-                __builtin_memcpy(digit[0] + i, rounded_numbers(x, token) + i, static_cast<size_t>(columns));
-            } else {
-                step[i / kStepColumns] = split(numbers(x, token) + i, i, columns);
-            }
-        }
-    }
-
-   private:
-    float split(const float* x, int64_t at, int64_t columns) {
-        __m512 largest = _mm512_setzero_ps(), spoilt = largest;  // NaN, if one is infinite or no number
-        for (int64_t i = 0; i < columns; i += 16) {
-            const __m512 some = _mm512_loadu_ps(x + i);
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(some));
-            spoilt = _mm512_fmadd_ps(some, _mm512_setzero_ps(), spoilt);
-        }
-        const float size = _mm512_reduce_max_ps(largest), not_finite = _mm512_reduce_add_ps(spoilt);
-        constexpr float units = 127 * 128 * 128;
-        const bool any = size > 1e-36f && not_finite == 0.0f;  // sizes with no finite inverse are as good as zero
-        const __m512 per_step = _mm512_set1_ps(any ? units / size : 0.0f);
-        for (int64_t i = 0; i < columns; i += 16) {
-            __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), per_step));
-            if (!any) rest = _mm512_setzero_si512();
-            for (int d = Digits - 1; d > 0; d--) {
-                const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(rest, 25), 25);  // -64 .. 63
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(digit[d] + at + i), _mm512_cvtepi32_epi8(low));
-                rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, low), 7);
-            }
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(digit[0] + at + i), _mm512_cvtepi32_epi8(rest));
-        }
-        return any ? size / units : not_finite;
-    }
-};
 
 // A row's coefficients, for every 128 columns, times the activations' steps.
 struct StepCoefficients {
@@ -262,49 +51,98 @@ struct StepCoefficients {
     }
 };
 
-// What digits' sums are together.
-template <int Digits>
-inline __m512 together(const __m512i* sum) {
-    if (Digits == 1) return _mm512_cvtepi32_ps(sum[0]);
-    const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sum[0], 7), sum[1]);
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(sum[2]));
+[[gnu::always_inline]] inline __m256i halves(__m512i sums) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
 }
 
-// A row times activations, but for the means of all of its weights; in 16 parts.
+// A row times activations, but for the means of all of its weights. A step of 128 columns has two windows, and its
+// salient weights, hardly ever more than 32, are brought together at once: two registers are one table for vpermi2b.
 template <int Digits, bool Means>
-inline __m512 row_product(const Partial& w, const DigitsOf<Digits>& x, const SalientGaps& gaps,
-                          const StepCoefficients& of, int64_t row) {
-    const uint8_t* signs = w.ordinary.signs[0].data + row * w.ordinary.signs[0].row_bytes;
-    const __m512i ones = _mm512_set1_epi8(1), none = _mm512_setzero_si512();
-    const int64_t windows = w.m / kDotWindow;
-    __m512 product = _mm512_setzero_ps();
-    for (int64_t step = 0; 2 * step < windows; step++) {
-        __m512i all[Digits] = {}, salient[Digits] = {}, coded[Digits] = {}, plain[Digits] = {};
-        for (int64_t i = 2 * step; i < least(2 * step + 2, windows); i++) {
+class RowProduct {
+   public:
+    RowProduct(const Partial& w, const DigitsOf<Digits>& x, const SalientGaps& gaps, int64_t row)
+        : signs_(w.ordinary.signs[0].data + row * w.ordinary.signs[0].row_bytes),
+          x_(x),
+          gaps_(gaps),
+          first_(gaps.first()),
+          windows_(w.m / kDotWindow),
+          odd_(_mm256_set1_epi8(static_cast<char>(row * windows_ % 2 * kDotWindow))) {}
+
+    // In 8 parts; and where the row's gaps end.
+    __m256 times(const StepCoefficients& of, int64_t& gaps_end) {
+        int64_t step = 0;
+        for (; 2 * step + 2 <= windows_; step++) add<2>(of, step);
+        if (2 * step < windows_) add<1>(of, step);
+        gaps_end = first_;
+        __m256 sum = _mm256_add_ps(ordinary_, coded_);
+        if (Means) sum = _mm256_add_ps(sum, plain_);
+        return sum;
+    }
+
+   private:
+    // The two lower digits' sums share a register where nothing but their worth multiplies them.
+    static constexpr int parts = Digits == 1 ? 1 : 2;
+    static constexpr int part(int digit) { return digit == 0 ? 0 : 1; }
+
+    template <int Windows>
+    [[gnu::always_inline]] void add(const StepCoefficients& of, int64_t step) {
+        const uint8_t* begin = gaps_.begin() + 2 * step;
+        __m512i plain[2][Digits] = {}, x[2][Digits] = {};
+        __m256i all[parts], salient[parts] = {}, coded[Digits] = {}, unchanged[Digits] = {};
+#pragma GCC unroll 2
+        for (int i = 0; i < Windows; i++) {
             __mmask64 negative;
-            __builtin_memcpy(&negative, signs + 8 * i, 8);
-            const int64_t first = gaps.begin()[i], count = gaps.begin()[i + 1] - first;
-            const __mmask64 own = _bzhi_u64(~0ull, static_cast<unsigned>(count));
-            const Salient at = gaps.at(first);
+            __builtin_memcpy(&negative, signs_ + 8 * (2 * step + i), 8);
 #pragma GCC unroll 3
             for (int d = 0; d < Digits; d++) {
-                const __m512i digit = _mm512_load_si512(x.digit[d] + kDotWindow * i);
-                const __m512i with_sign = _mm512_mask_sub_epi8(digit, negative, none, digit);
-                const __m512i picked = _mm512_maskz_permutexvar_epi8(own, at.place, with_sign);
-                all[d] = _mm512_dpbusd_epi32(all[d], ones, with_sign);
-                salient[d] = _mm512_dpbusd_epi32(salient[d], at.mark, picked);
-                coded[d] = _mm512_dpbusd_epi32(coded[d], at.code, picked);
-                if (!Means) continue;
-                plain[d] = _mm512_dpbusd_epi32(plain[d], at.mark, _mm512_maskz_permutexvar_epi8(own, at.place, digit));
+                plain[i][d] = _mm512_load_si512(x_.digit[d] + kDotWindow * (2 * step + i));
+                x[i][d] = _mm512_mask_sub_epi8(plain[i][d], negative, _mm512_setzero_si512(), plain[i][d]);
             }
         }
-        for (int d = 0; d < Digits; d++) all[d] = _mm512_sub_epi32(all[d], salient[d]);
-        product = _mm512_fmadd_ps(together<Digits>(all), _mm512_set1_ps(of.ordinary[step]), product);
-        product = _mm512_fmadd_ps(together<Digits>(coded), _mm512_set1_ps(of.code[step]), product);
-        if (Means) product = _mm512_fmadd_ps(together<Digits>(plain), _mm512_set1_ps(of.offset[step]), product);
+        __m512i sums[parts] = {};
+#pragma GCC unroll 2
+        for (int i = 0; i < Windows; i++) {
+#pragma GCC unroll 3
+            for (int d = 0; d < Digits; d++) {
+                const __m512i worth = _mm512_set1_epi8(static_cast<char>(d == 1 ? 128 : 1));
+                sums[part(d)] = _mm512_dpbusd_epi32(sums[part(d)], worth, x[i][d]);
+            }
+        }
+        for (int p = 0; p < parts; p++) all[p] = halves(sums[p]);
+        const int64_t count = static_cast<uint8_t>(begin[Windows] - begin[0]);
+        int64_t done = 0;
+        do {
+            const SalientGaps::Some some = gaps_.at(first_ + done, count - done);
+            const __m256i mark = _mm256_and_si256(some.code, _mm256_set1_epi8(1));
+            const __m512i place = _mm512_castsi256_si512(_mm256_xor_si256(some.place, odd_));
+#pragma GCC unroll 3
+            for (int d = 0; d < Digits; d++) {
+                const __m256i picked = _mm512_castsi512_si256(_mm512_permutex2var_epi8(x[0][d], place, x[1][d]));
+                const __m256i worth = d == 1 ? _mm256_slli_epi16(mark, 7) : mark;
+                salient[part(d)] = _mm256_dpbusd_epi32(salient[part(d)], worth, picked);
+                coded[d] = _mm256_dpbusd_epi32(coded[d], some.code, picked);
+                if (!Means) continue;
+                const __m512i as_is = _mm512_permutex2var_epi8(plain[0][d], place, plain[1][d]);
+                unchanged[d] = _mm256_dpbusd_epi32(unchanged[d], mark, _mm512_castsi512_si256(as_is));
+            }
+        } while ((done += 32) < count);
+        first_ += count;
+        for (int p = 0; p < parts; p++) all[p] = _mm256_sub_epi32(all[p], salient[p]);
+        const __m256i sum = Digits == 1 ? all[0] : _mm256_add_epi32(_mm256_slli_epi32(all[0], 14), all[parts - 1]);
+        ordinary_ = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(of.ordinary[step]), ordinary_);
+        coded_ = _mm256_fmadd_ps(together<Digits>(coded), _mm256_set1_ps(of.code[step]), coded_);
+        if (Means) plain_ = _mm256_fmadd_ps(together<Digits>(unchanged), _mm256_set1_ps(of.offset[step]), plain_);
     }
-    return product;
-}
+
+    const uint8_t* signs_;
+    const DigitsOf<Digits>& x_;
+    const SalientGaps& gaps_;
+    int64_t first_;  // the next gap
+    const int64_t windows_;
+    // Places are counted from the strip's first column, which is half a step off where rows have odd windows.
+    const __m256i odd_;
+    __m256 ordinary_{}, coded_{}, plain_{};
+};
 
 // A row's means times the sums of its groups; in 16 parts.
 inline __m512 means_product(const Coefficients& means, int64_t row, const float* sums) {
@@ -317,6 +155,17 @@ inline __m512 means_product(const Coefficients& means, int64_t row, const float*
     return product;
 }
 
+template <int Digits>
+inline __m512 row_product(const Partial& w, const DigitsOf<Digits>& x, const SalientGaps& gaps, int64_t row,
+                          const float* sums, int64_t& gaps_end) {
+    const StepCoefficients of(w, row, x.step);
+    if (!w.ordinary.means.data) {
+        return _mm512_zextps256_ps512(RowProduct<Digits, false>(w, x, gaps, row).times(of, gaps_end));
+    }
+    const __m512 product = _mm512_zextps256_ps512(RowProduct<Digits, true>(w, x, gaps, row).times(of, gaps_end));
+    return _mm512_add_ps(product, means_product(w.ordinary.means, row, sums));
+}
+
 // Tasks begin at whole strips.
 template <bool Int8>
 void partial_dots_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
@@ -324,24 +173,20 @@ void partial_dots_rows(const void* matrix, const Activations* kinds, int64_t fir
     constexpr int digits = Int8 ? 1 : 3;
     const Partial& w = *static_cast<const Partial*>(matrix);
     const Activations& x = kinds[0];
-    for (int64_t token = 0; token < x.tokens; token++) {
-        const DigitsOf<digits> of(x, token, w.m);
-        for (int64_t strip = first; strip < last; strip += kStripRows) {
-            SalientGaps gaps(w, strip / kStripRows);
-            const int64_t count = least(last - strip, kStripRows);
-            __m512 parts[kStripRows] = {};
-            for (int64_t i = 0; i < count; i++) {
-                const int64_t row = strip + i;
-                const StepCoefficients coefficients(w, row, of.step);
-                gaps.next_row();
-                if (w.ordinary.means.data) {
-                    parts[i] = row_product<digits, true>(w, of, gaps, coefficients, row);
-                    parts[i] = _mm512_add_ps(parts[i], means_product(w.ordinary.means, row, x.sums + token * x.runs));
-                } else {
-                    parts[i] = row_product<digits, false>(w, of, gaps, coefficients, row);
-                }
+    DigitsOf<digits> of[kFewTokens];
+    for (int64_t token = 0; token < x.tokens; token++) of[token].take(x, token, w.m);
+    for (int64_t strip = first; strip < last; strip += kStripRows) {
+        SalientGaps gaps(w, strip / kStripRows);
+        const int64_t count = least(last - strip, kStripRows);
+        __m512 parts[kFewTokens][kStripRows] = {};
+        for (int64_t i = 0, gaps_end = 0; i < count; i++) {
+            gaps.next_row(gaps_end);
+            for (int64_t token = 0; token < x.tokens; token++) {
+                parts[token][i] = row_product(w, of[token], gaps, strip + i, x.sums + token * x.runs, gaps_end);
             }
-            Avx512::store(y + token * stride + strip, sums_of(parts), count);
+        }
+        for (int64_t token = 0; token < x.tokens; token++) {
+            Avx512::store(y + token * stride + strip, sums_of(parts[token]), count);
         }
     }
 }

@@ -39,10 +39,9 @@ class StructuredMatrix : public Matrix {
 
     int64_t kinds() const override { return salient_.empty() ? 1 : 2; }
     void columns(int64_t kind, const float* x, float* out) const override {
-        Matrix::columns(kind, x, out);
-        for (size_t i = 0; i < salient_.size(); i++) {
-            if (salient_[i] != (kind == 1)) out[i] = 0.0f;
-        }
+        if (kind == 0) Matrix::columns(kind, x, out);
+        else std::fill(out, out + 32 * words, 0.0f);
+        for (int32_t column : salient_columns_) out[column] = kind ? x[column] : 0.0f;
     }
     Rows rows(const Isa& isa, bool int8) const override { return isa.structured[int8]; }
     const void* self() const override { return &structured_; }
@@ -83,7 +82,10 @@ class StructuredMatrix : public Matrix {
 
     void find_salient(const Plane& map, int64_t group_size) {
         constexpr int64_t step = 128;
-        for (int64_t column = 0; column < m; column++) salient_.push_back(map.data[column / 8] >> column % 8 & 1);
+        for (int32_t column = 0; column < m; column++) {
+            salient_.push_back(map.data[column / 8] >> column % 8 & 1);
+            if (salient_.back()) salient_columns_.push_back(column);
+        }
         int32_t group = -1;
         int64_t last_group = -1;
         const int64_t block_columns = 32 * kBlockWords;
@@ -130,6 +132,7 @@ class StructuredMatrix : public Matrix {
     std::vector<uint16_t> choices_;
     std::vector<uint8_t> choices_of_8_, trits_;
     std::vector<bool> salient_;
+    std::vector<int32_t> salient_columns_;
     std::vector<SalientPiece> pieces_;
     std::vector<int64_t> pieces_end_;
     std::vector<Lookup> lookups_[2];
@@ -166,12 +169,67 @@ class StructuredDotsMatrix : public CodedMatrix {
     bool possible_;
 };
 
+// The same where half of the columns is kept.
+class KeptDotsMatrix : public Matrix {
+   public:
+    KeptDotsMatrix(const StructuredMatrix& all, int64_t group_size, const Plane& map)
+        : Matrix(all.n, all.m, group_size), all_(all) {
+        const Structured& of = *static_cast<const Structured*>(all.self());
+        const int64_t size = group_size ? group_size : m, cells = 8 / std::max<int64_t>(of.of, 1);
+        possible_ = (of.of == 8 || of.of == 4) && 2 * of.keep == of.of && m <= kMostDotColumns &&
+                    (size % kStepColumns == 0 || size >= m);
+        if (!possible_) return;
+        tabulate_pairs(of, cells);
+        const SalientColumns salient(map, m, group_size);
+        const int64_t chunks = (words + kChunkWords - 1) / kChunkWords;
+        for (int64_t step = 0; step < chunks * kChunkSteps; step++) {
+            const int64_t column = std::min(step * kStepColumns, m - 1);
+            groups_.push_back({static_cast<int32_t>(column / size * of.regions_count), -1});
+        }
+        for (size_t i = 0; i < salient.columns.size(); i++) {
+            groups_[salient.columns[i] / kStepColumns].salient = 2 * salient.groups[i];
+        }
+        dots_ = {&of, of.rank_bits * cells, pairs_, groups_.data(), chunks};
+    }
+    bool possible() const { return possible_; }
+    int64_t kinds() const override { return all_.kinds(); }
+    void columns(int64_t kind, const float* x, float* out) const override { all_.columns(kind, x, out); }
+    Form form(int64_t) const override { return Form::numbers; }
+    Rows rows(const Isa& isa, bool int8) const override { return isa.kept_dots[int8]; }
+    const void* self() const override { return &dots_; }
+
+   private:
+    void tabulate_pairs(const Structured& of, int64_t cells) {
+        const uint32_t ranks = (1u << of.rank_bits) - 1;
+        for (uint32_t i = 0; i < 128; i++) {
+            uint32_t kept = 0;
+            for (int64_t cell = 0; cell < cells; cell++) {
+                kept |= static_cast<uint32_t>(of.choices[i >> of.rank_bits * cell & ranks]) << of.of * cell;
+            }
+            for (int number = 0; kept; kept &= kept - 1, number++) {
+                pairs_[number / 2 * 128 + i] |= bit_count((kept & -kept) - 1) << 4 * (number % 2);
+            }
+        }
+    }
+
+    const StructuredMatrix& all_;
+    uint8_t pairs_[256] = {};
+    std::vector<KeptDots::Groups> groups_;
+    KeptDots dots_{};
+    bool possible_;
+};
+
 }  // namespace
 
 std::unique_ptr<Matrix> structured(int64_t n, int64_t m, int64_t group_size, int64_t keep, int64_t of, int64_t regions,
                                    const StructuredTensors& from) {
     auto matrix = std::make_unique<StructuredMatrix>(n, m, group_size, keep, of, regions, from);
     const auto* own = static_cast<const Structured*>(matrix->self());
+    auto kept = std::make_unique<KeptDotsMatrix>(*matrix, group_size, from.salient);
+    if (kept->possible()) {
+        matrix->few = std::move(kept);
+        return matrix;
+    }
     auto dots = std::make_unique<StructuredDotsMatrix>(n, m, group_size, *own, from.salient);
     if (dots->possible()) matrix->few = std::move(dots);
     return matrix;

@@ -24,7 +24,8 @@ struct StructuredOperations<Avx512> {
 
     static void trits(const Structured& w, const uint8_t* bytes, int64_t count, uint8_t* ones, uint8_t* twos) {
         for (int64_t i = 0; i < count; i += 64) {
-            const __m512i five = _mm512_loadu_si512(bytes + i);
+            const __mmask64 there = _bzhi_u64(~0ull, static_cast<unsigned>(least(count - i, 64)));
+            const __m512i five = _mm512_maskz_loadu_epi8(there, bytes + i);
             _mm512_storeu_si512(ones + i * kTritsPerByte / 8, together(look_up(w.trits, five)));
             _mm512_storeu_si512(twos + i * kTritsPerByte / 8, together(look_up(w.trits + 256, five)));
         }
