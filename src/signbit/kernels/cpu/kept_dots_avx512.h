@@ -220,6 +220,7 @@ template <int Digits, int Regions, bool Means>
 void kept_dots(const KeptDots& w, const Activations* kinds, int64_t first, int64_t last, float* y, int64_t stride) {
     const Structured& of = *w.of;
     const int64_t tokens = kinds[0].tokens, rank_bytes = 2 * kChunkSteps * w.rank_bits;
+    const int64_t steps = (of.m + kStepColumns - 1) / kStepColumns;
     const bool salient = of.salient_scales.data;
     const KeptColumns kept(w);
     KeptStep<Digits> x[kFewTokens][kMostSteps];
@@ -260,6 +261,7 @@ void kept_dots(const KeptDots& w, const Activations* kinds, int64_t first, int64
                     kept.load(ranks + from, greatest(of.ranks.row_bytes - from, 0), next);
 #pragma GCC unroll 4
                     for (int64_t s = 0; s < kChunkSteps; s++) {
+                        if (step + s >= steps) break;
                         product.add(x[token][step + s], columns[s], planes.signs + 8 * (step + s),
                                     planes.ones + 8 * (step + s), w.group[step + s]);
                     }
