@@ -23,7 +23,7 @@ from signbit.blockwise.calibrate import share_steps
 from signbit.blockwise.job import Job
 from signbit.journal import FinishedBlock, Journal
 from signbit.modules import QuantizedLinear
-from signbit.processes import LEFT_ALONE, Processes, deal
+from signbit.processes import LEFT_ALONE, Processes, deal, together
 from signbit.progress import Silent
 from signbit.report.quantization import QuantizationReport
 from signbit.source import open_source
@@ -212,6 +212,16 @@ def test_work_is_dealt_by_cost() -> None:
     assert deal([1, 1, 1], 1) == [0, 0, 0]
     assert deal([], 2) == []
     assert sorted(deal([1] * 5, 8)) == [0, 1, 2, 3, 4]
+
+
+def test_only_errors_of_connections_mean_that_another_process_has_ended() -> None:
+    lost = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:21"
+    for error in (RuntimeError(lost), torch.distributed.DistBackendError("NCCL communicator was aborted")):
+        with pytest.raises(SignbitError, match=LEFT_ALONE), together():
+            raise error
+    for own in ("ProcessGroupGloo::broadcast: invalid root rank: 5", "cannot write /home/gloo/snapshot.safetensors"):
+        with pytest.raises(RuntimeError, match=own), together():
+            raise RuntimeError(own)
 
 
 def test_one_process_asks_nobody() -> None:

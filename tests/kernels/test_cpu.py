@@ -161,7 +161,14 @@ def structured(
     return make
 
 
-def partial(bits: int, share: float = 0.1, group: int = 128, mean: bool = False, group_codes: bool = True) -> Make:
+def partial(
+    bits: int,
+    share: float = 0.1,
+    group: int = 128,
+    mean: bool = False,
+    group_codes: bool = True,
+    salient: Tensor | None = None,
+) -> Make:
     def make(n: int, m: int) -> Layout:
         groups = 1 if group == 0 else -(-m // group)
         of_codes = groups if group_codes else 1
@@ -170,7 +177,7 @@ def partial(bits: int, share: float = 0.1, group: int = 128, mean: bool = False,
             negative=random(n, m) < 0,
             scales=(0.5 + random(n, groups).abs()).half(),
             means=random(n, groups).half() if mean else None,
-            salient=torch.rand(n, m, generator=generator) < share,
+            salient=torch.rand(n, m, generator=generator) < share if salient is None else salient,
             q=torch.randint(1 << (bits - 1), (n, m), generator=generator).to(torch.uint8),
             code_bits=bits,
             code_scales=(0.1 + random(n, of_codes).abs()).half(),
@@ -418,6 +425,44 @@ def test_few_tokens(name: str, m: int) -> None:
         assert (y - exact).norm() < 0.02 * (x.square() @ layout.dequantize().square().T).sum().sqrt()
         if name.startswith("sign"):
             check(y, rounded(x), layout)
+
+
+@needs_kernels
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(35, 64), (35, 192), (33, 4160), (19, 32768)])
+def test_partial_matrices_where_salient_weights_crowd(mean: bool, n: int, m: int) -> None:
+    # Somewhere they are more than fit one look-up, and most rows are odd numbers of windows.
+    salient, x = random(n, m) > 1.5, random(2, m)
+    salient[n // 2, m // 4 :] = True
+    salient[n // 3] = False
+    layout = partial(8, group=128 if m % 128 == 0 else 0, mean=mean, salient=salient)(n, m)
+    assert isinstance(layout, Partial)
+    assert 2 <= layout.spec.gap_bits <= 6
+    for tokens in (1, 2):
+        check(kernels.matmul(x[:tokens], layout), x[:tokens], layout)
+        check(kernels.matmul(x[:tokens], layout, int8=True), rounded(x[:tokens]), layout)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["4 of 8", "4 of 8, means", "2 of 4", "5 of 8, means", "split", "Haar along rows"])
+@pytest.mark.parametrize("m", [4097, 32767, 32768, 32769])
+def test_few_tokens_of_rows_that_are_wide(name: str, m: int) -> None:
+    layout, x = ROW_BY_ROW[name](3, m), random(2, m)
+    check(kernels.matmul(x, layout), x, layout)
+
+
+@needs_kernels
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("name", [*ROW_BY_ROW, "partial"])
+def test_threads_do_not_change_a_bit_of_few_tokens(name: str, int8: bool) -> None:
+    layout, x = (MAKERS | ROW_BY_ROW)[name](1000, 576), random(2, 576)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 5, 70):  # the last are more than there are tasks
+        torch.set_num_threads(threads)
+        results.append(kernels.matmul(x, layout, int8=int8))
+        assert torch.equal(results[-1][1:], kernels.matmul(x[1:], layout, int8=int8))
+    torch.set_num_threads(before)
+    assert all(torch.equal(results[0], result) for result in results[1:])
 
 
 @needs_kernels

@@ -8,7 +8,7 @@
 //     y = sum over groups of  scale_r E_r   +   sum over groups with salient columns of  scale_o F + scale_s (F - 2 G)
 //
 // E_r: of x' in region r; F: of x' at salient columns, which have activations of their own; G: of those where the sign of
-// sign of the residual is another than the weight's. Means are multiplied by the same sums of x itself.
+// the residual is another than the weight's. Means are multiplied by the same sums of x itself.
 
 #pragma once
 

@@ -41,7 +41,7 @@ struct Partial {
     // Whether rows are whole windows, groups whole steps of activations, and gaps shorter than a window.
     bool regular() const {
         return m % kDotWindow == 0 && m <= kMostDotColumns && gaps.bits >= 2 && gaps.bits <= 6 &&
-               (group_size % (32 * kStepWords) == 0 || group_size >= m);
+               (group_size % kStepColumns == 0 || group_size >= m);
     }
 };
 

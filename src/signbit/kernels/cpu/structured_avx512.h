@@ -22,6 +22,7 @@ struct StructuredOperations<Avx512> {
         }
     }
 
+    // Nothing behind the bytes is read: they may be the last of a plane (kept_dots_avx512.h).
     static void trits(const Structured& w, const uint8_t* bytes, int64_t count, uint8_t* ones, uint8_t* twos) {
         for (int64_t i = 0; i < count; i += 64) {
             const __mmask64 there = _bzhi_u64(~0ull, static_cast<unsigned>(least(count - i, 64)));
