@@ -72,7 +72,7 @@ struct SideDots {
     }
 };
 
-// Bits of a row, two columns of eight at a time: x of the first, and on to the next two.
+// Of bits: columns i and i + 1 of every eight and then, moved to the right by two, the next.
 template <int Digits>
 using BitDots = SideDots<Digits, 1>;
 
