@@ -38,16 +38,26 @@ class RoomyLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[-2]
+        keys, values, length = self.grow(key_states, value_states, tokens)
+        keys.narrow(2, length, tokens).copy_(key_states)
+        values.narrow(2, length, tokens).copy_(value_states)
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def grow(self, like_keys: Tensor, like_values: Tensor, tokens: int) -> tuple[Tensor, Tensor, int]:
+        """Have so many ``tokens`` more, whose keys and values are for the caller to write.
+
+        The storage of keys and of values, [batch, heads, room, features], contiguous, and where in the room the new
+        ones begin. ``like_keys``, ``like_values``: what keys and values are like, but in number.
+        """
         length = self.get_seq_length()
-        total = length + key_states.shape[-2]
+        total = length + tokens
         storage = self._storage
         if storage is None or storage[0].shape[-2] < total or not self._in_storage(storage):
-            storage = self._move(key_states, value_states, length, total + _ROOM + total // 4)
-        keys, values = storage
-        keys.narrow(2, length, total - length).copy_(key_states)
-        values.narrow(2, length, total - length).copy_(value_states)
-        self.keys, self.values = self._returned = keys.narrow(2, 0, total), values.narrow(2, 0, total)
-        return self._returned
+            storage = self._move(like_keys, like_values, length, total + _ROOM + total // 4)
+        self.keys, self.values = self._returned = storage[0].narrow(2, 0, total), storage[1].narrow(2, 0, total)
+        return *storage, length
 
     def _in_storage(self, storage: tuple[Tensor, Tensor]) -> bool:
         """Whether keys and values still are where update left them: beams are reordered by replacing them."""
@@ -59,11 +69,11 @@ class RoomyLayer(DynamicLayer):
             return True  # nothing was replaced, nearly always; shapes take some microseconds to compare
         return keys.shape[:2] == storage[0].shape[:2] and values.shape[:2] == storage[1].shape[:2]
 
-    def _move(self, key_states: Tensor, value_states: Tensor, length: int, room: int) -> tuple[Tensor, Tensor]:
+    def _move(self, like_keys: Tensor, like_values: Tensor, length: int, room: int) -> tuple[Tensor, Tensor]:
         moved = []
-        for old, new in ((self.keys, key_states), (self.values, value_states)):
-            batch, heads, _, features = new.shape
-            storage = new.new_empty(batch, heads, room, features)
+        for old, like in ((self.keys, like_keys), (self.values, like_values)):
+            batch, heads, _, features = like.shape
+            storage = like.new_empty(batch, heads, room, features)
             if length:
                 storage[:, :, :length] = old
             moved.append(storage)

@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from signbit import checkpoint
+from signbit import checkpoint, decoding
 from signbit.architectures import dense_shape, replace_module, unfuse_experts
 from signbit.cache import give_room
 from signbit.errors import SignbitError
@@ -107,6 +107,7 @@ class SignbitQuantizer(HfQuantizer):
         model._weight_conversions = []
         checkpoint.check_layouts(model)
         model.register_forward_pre_hook(give_room, with_kwargs=True)
+        decoding.attach(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:

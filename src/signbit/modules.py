@@ -97,8 +97,12 @@ class TiedHead(nn.Module):
         self._embeddings = (embeddings,)
         self.register_parameter("bias", bias)
 
+    @property
+    def packed(self) -> Integers:
+        return self._embeddings[0].packed
+
     def forward(self, x: Tensor) -> Tensor:
-        packed = self._embeddings[0].packed
+        packed = self.packed
         y = kernels.matmul(x.to(packed.device), packed, self.int8).to(x.device)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -409,6 +409,12 @@ ROW_BY_ROW: dict[str, Make] = {
     "6 of 8, two regions": structured(6, 8, regions=2, group=256, mean=True, salient=0.03),
     "5 of 8, one region": structured(5, 8, regions=1, group=0),
     "1 of 4": structured(1, 4, regions=2, salient=0.06),
+    "3 of 8": structured(3, 8, salient=0.06),
+    "1 of 8, means": structured(1, 8, mean=True, salient=0.1),
+    "7 of 8": structured(7, 8, group=256, salient=0.06),
+    "3 of 4, means": structured(3, 4, mean=True, salient=0.06),
+    "1 of 2": structured(1, 2, regions=2),
+    "5 of 8, groups of 64": structured(5, 8, group=64, mean=True, salient=0.06),
     "8 of 16": structured(8, 16, group=64),
 }
 
@@ -444,7 +450,7 @@ def test_partial_matrices_where_salient_weights_crowd(mean: bool, n: int, m: int
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["4 of 8", "4 of 8, means", "2 of 4", "5 of 8, means", "split", "Haar along rows"])
+@pytest.mark.parametrize("name", ["4 of 8", "4 of 8, means", "2 of 4", "5 of 8, means", "3 of 8", "7 of 8", "split"])
 @pytest.mark.parametrize("m", [4097, 32767, 32768, 32769])
 def test_few_tokens_of_rows_that_are_wide(name: str, m: int) -> None:
     layout, x = ROW_BY_ROW[name](3, m), random(2, m)

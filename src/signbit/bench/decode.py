@@ -7,19 +7,18 @@ kept apart; of the others the median counts, which a second of somebody else's w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from signbit import checkpoint, inference, modules
 from signbit.bench.kernels import environment
 from signbit.bench.memory import Memory, memory
 from signbit.errors import SignbitError
+from signbit.kernels import cpu
 from signbit.modules import QuantizedLinear, TiedHead
 from signbit.safetensors_file import read_directory
 from signbit.source import resolve
@@ -97,12 +96,11 @@ class _Run:
         self.seconds: list[list[float]] = []  # of each token, in each turn
         self.cache_bytes = 0
 
-    def turn(self, at_each_token: Callable[[], None] = lambda: None) -> None:
+    def turn(self) -> None:
         times: list[float] = []
 
         def stamp(ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
             times.append(time.perf_counter())
-            at_each_token()
             return torch.zeros(len(ids), dtype=torch.bool)
 
         started = time.perf_counter()
@@ -134,45 +132,22 @@ class _Run:
 
 
 def _kernel_share(run: _Run) -> float | None:
-    """Share of a token's time that is spent in linears; measured apart, since looking costs time too.
+    """Share of a token's time that its products with packed matrices take when nothing else happens between them.
 
-    None if no linear is packed.
+    None if no linear is packed, or without kernels.
     """
     linears = [module for module in run.model.modules() if isinstance(module, (QuantizedLinear, TiedHead))]
-    if not linears:
+    products = [cpu.bound_products(one.packed, one.int8) for one in linears]
+    if not products or not all(products):
         return None
-    clock = _Clock()
-    with clock.watching(linears):
-        run.turn(clock.next)
-    return median(inside / whole for inside, whole in zip(clock.laps[1:], run.seconds[-1][1:], strict=True))
-
-
-class _Clock:
-    """Seconds inside of modules, lap by lap."""
-
-    def __init__(self) -> None:
-        self.laps: list[float] = []
-        self._started = self._inside = 0.0
-
-    def next(self) -> None:
-        self.laps.append(self._inside)
-        self._inside = 0.0
-
-    @contextmanager
-    def watching(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        def before(module: nn.Module, args: Any) -> None:
-            self._started = time.perf_counter()
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            self._inside += time.perf_counter() - self._started
-
-        hooks = [m.register_forward_pre_hook(before) for m in modules]
-        hooks += [m.register_forward_hook(after) for m in modules]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    laps = []
+    for _ in range(run.tokens):
+        started = time.perf_counter()
+        for product in products:
+            for multiply in product:
+                multiply()
+        laps.append(time.perf_counter() - started)
+    return median(laps) / median(run.seconds[-1][1:])
 
 
 def _memory(

@@ -13,7 +13,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,21 +29,21 @@ from signbit.layouts.split_planes import SplitPlanes
 from signbit.layouts.structured import Structured
 
 try:
-    _native: Any = importlib.import_module("signbit.kernels.cpu._native")
+    native: Any = importlib.import_module("signbit.kernels.cpu._native")
 except ImportError:
-    _native = None
+    native = None
 
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def instruction_sets() -> list[str]:
     """Those that this machine has kernels for, the best first; none if the extension is missing."""
-    return _native.instruction_sets() if _available() else []
+    return native.instruction_sets() if _available() else []
 
 
 def instruction_set() -> str | None:
     """The one in use: the best, or what SIGNBIT_ISA names."""
-    return _native.instruction_set() if _available() else None
+    return native.instruction_set() if _available() else None
 
 
 def use(name: str) -> None:
@@ -51,24 +51,24 @@ def use(name: str) -> None:
     known = instruction_sets()
     if name not in known:
         raise SignbitError(f"no kernels for {name!r} here: SIGNBIT_ISA can be {' or '.join(known) or 'left out only'}")
-    _native.choose(name)
+    native.choose(name)
 
 
 def thread_pool() -> str | None:
     """Whose threads do the work: torch's, or our own."""
-    return _native.thread_pool() if _available() else None
+    return native.thread_pool() if _available() else None
 
 
 def stream(tensor: Tensor) -> int:
     """Read all of a tensor, as fast as memory gives it; returns nothing of use."""
-    found: int = _native.stream(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads())
+    found: int = native.stream(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads())
     return found
 
 
 @cache
 def _available() -> bool:
     """Whether there are C++ kernels; the first to ask is told if not."""
-    if _native is None:
+    if native is None:
         warnings.warn(
             "signbit was installed without its C++ kernels, since there was no C++ compiler: packed weights are "
             "multiplied in torch, many times slower. Install g++ or clang (and Python's headers, python3-dev), then "
@@ -78,21 +78,21 @@ def _available() -> bool:
         return False
     forced = os.environ.get("SIGNBIT_ISA")
     if forced:
-        if forced not in _native.instruction_sets():
-            known = ", ".join(_native.instruction_sets())
+        if forced not in native.instruction_sets():
+            known = ", ".join(native.instruction_sets())
             raise SignbitError(f"SIGNBIT_ISA={forced}: this machine has kernels for {known}; set one of them or none")
-        _native.choose(forced)
+        native.choose(forced)
     return True
 
 
 def has_kernel(layout: Layout) -> bool:
     """Whether products with this layout run in C++."""
-    return _chains(layout) is not None
+    return chains_of(layout) is not None
 
 
 def matmul(x: Tensor, layout: Layout, int8: bool) -> Tensor | None:
     """``x @ W.T`` for x ``[..., in]``, in x's dtype; None if there is no kernel for it."""
-    if x.dtype not in _FLOATS or not x.is_cpu or (chains := _chains(layout)) is None:
+    if x.dtype not in _FLOATS or not x.is_cpu or (chains := chains_of(layout)) is None:
         return None
     if x.shape[-1] != layout.spec.shape[1]:
         raise ValueError(f"inputs have {x.shape[-1]} features, the matrix has {layout.spec.shape[1]}")
@@ -109,16 +109,43 @@ def matmul(x: Tensor, layout: Layout, int8: bool) -> Tensor | None:
     return total.to(x.dtype)
 
 
+def dense_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ W.T`` for one token or two and plain floats; all float32 and contiguous, of W [out, in]."""
+    return _multiply(x.contiguous(), dense(weight), weight.shape[0], False)
+
+
+def dense(weight: Tensor) -> Any:
+    """The ``Matrix`` of plain floats, float32 [out, in], contiguous."""
+    return native.dense(*weight.shape, weight.data_ptr())
+
+
+def bound_products(layout: Layout, int8: bool) -> list[Callable[[], None]]:
+    """Functions that multiply each matrix of a layout with a random token, no more than that; none without kernels."""
+    bound: list[Callable[[], None]] = []
+    for chain in chains_of(layout) or []:
+        m = layout.shape[1]
+        for matrix, n in chain:
+            bound.append(partial(_multiply_into, torch.randn(m), torch.empty(n), matrix, int8))
+            m = n
+    return bound
+
+
 def _multiply(x: Tensor, matrix: Any, n: int, int8: bool) -> Tensor:
     *batch, m = x.shape
     y = x.new_empty(*batch, n)
-    tokens = x.numel() // m
-    matrix.multiply(x.data_ptr(), y.data_ptr(), _FLOATS[x.dtype], tokens, int8, torch.get_num_threads())
+    _multiply_into(x, y, matrix, int8, x.numel() // m)
     return y
 
 
-def _chains(layout: Layout) -> list[list[tuple[Any, int]]] | None:
-    """Matrices and their rows, as Layout.chains has them; None if one has no kernel."""
+def _multiply_into(x: Tensor, y: Tensor, matrix: Any, int8: bool, tokens: int = 1) -> None:
+    matrix.multiply(x.data_ptr(), y.data_ptr(), _FLOATS[x.dtype], tokens, int8, torch.get_num_threads())
+
+
+def chains_of(layout: Layout) -> list[list[tuple[Any, int]]] | None:
+    """Each ``Matrix`` and how many rows it has, as Layout.chains has them; None if one has no kernel.
+
+    They live as long as ``layout.prepared``.
+    """
     addresses = [tensor.data_ptr() for tensor in layout._buffers.values()]  # type: ignore[union-attr]
     prepared = layout.prepared
     if prepared is None or prepared[0] != addresses:
@@ -140,28 +167,28 @@ def _prepare(layout: Layout) -> Any:
 def _plane(tensor: Tensor | None) -> Any:
     """A plane of bits, uint8 [n, bytes]; None stands for one that a layout does not have."""
     if tensor is None:
-        return _native.Plane()
-    return _native.Plane(tensor.data_ptr(), tensor.shape[-1])
+        return native.Plane()
+    return native.Plane(tensor.data_ptr(), tensor.shape[-1])
 
 
-def _coefficients(tensor: Tensor | None) -> Any:
+def coefficients(tensor: Tensor | None) -> Any:
     """Floats [n, per row]; None stands for those that a layout does not have."""
     if tensor is None:
-        return _native.Coefficients()
-    return _native.Coefficients(tensor.data_ptr(), tensor.shape[-1], _FLOATS[tensor.dtype])
+        return native.Coefficients()
+    return native.Coefficients(tensor.data_ptr(), tensor.shape[-1], _FLOATS[tensor.dtype])
 
 
 def _sign_planes(layout: SignPlanes) -> Any:
     spec = layout.spec
-    if not 1 <= spec.planes <= _native.MAX_PLANES:
+    if not 1 <= spec.planes <= native.MAX_PLANES:
         return None
-    return _native.sign_planes(
+    return native.sign_planes(
         *spec.shape,
         spec.group_size,
         [_plane(plane) for plane in layout.signs],
-        [_coefficients(scales) for scales in layout.scales],
-        _coefficients(layout.get_buffer("means") if spec.mean else None),
-        _coefficients(layout.get_buffer("column_scales") if spec.column_scales else None),
+        [coefficients(scales) for scales in layout.scales],
+        coefficients(layout.get_buffer("means") if spec.mean else None),
+        coefficients(layout.get_buffer("column_scales") if spec.column_scales else None),
     )
 
 
@@ -173,63 +200,63 @@ def _buffer(layout: Layout, name: str) -> Tensor | None:
 
 def _integers(layout: Integers) -> Any:
     spec = layout.spec
-    return _native.integers(
+    return native.integers(
         *spec.shape,
         spec.group_size,
         spec.bits,
         _plane(layout.codes),
-        _coefficients(layout.scales),
+        coefficients(layout.scales),
         _plane(_buffer(layout, "zeros")),
     )
 
 
 def _partial(layout: Partial) -> Any:
     spec = layout.spec
-    return _native.partial(
+    return native.partial(
         *spec.shape,
         spec.group_size,
         spec.gap_bits,
         spec.code_bits,
         *(_plane(_buffer(layout, name)) for name in ("signs", "positions", "codes")),
         layout.ends.data_ptr(),
-        *(_coefficients(_buffer(layout, name)) for name in ("scales", "means", "code_scales", "code_offsets")),
+        *(coefficients(_buffer(layout, name)) for name in ("scales", "means", "code_scales", "code_offsets")),
     )
 
 
 def _structured(layout: Structured) -> Any:
     spec = layout.spec
-    return _native.structured(
+    return native.structured(
         *spec.shape,
         spec.group_size,
         spec.keep,
         spec.of,
         spec.regions,
         *(_plane(_buffer(layout, name)) for name in ("signs", "ranks", "regions", "salient")),
-        *(_coefficients(_buffer(layout, name)) for name in ("scales", "means", "salient_scales", "salient_means")),
+        *(coefficients(_buffer(layout, name)) for name in ("scales", "means", "salient_scales", "salient_means")),
     )
 
 
 def _split_planes(layout: SplitPlanes) -> Any:
     spec = layout.spec
-    coefficients = "scales", "means", "salient_scales", "salient_means", "column_scales", "salient_column_scales"
-    return _native.split_planes(
+    names = "scales", "means", "salient_scales", "salient_means", "column_scales", "salient_column_scales"
+    return native.split_planes(
         *spec.shape,
         spec.group_size,
         *(_plane(_buffer(layout, name)) for name in ("signs", "second", "residual", "salient")),
-        *(_coefficients(_buffer(layout, name)) for name in coefficients),
+        *(coefficients(_buffer(layout, name)) for name in names),
     )
 
 
 def _haar_planes(layout: HaarPlanes) -> Any:
     spec = layout.spec
     planes = "signs", "second", "salient", "salient_signs", "salient_second"
-    return _native.haar_planes(
+    return native.haar_planes(
         *spec.shape,
         spec.group_size,
         spec.axis == "row",
         spec.means,
         *(_plane(_buffer(layout, name)) for name in planes),
-        *(_coefficients(_buffer(layout, name)) for name in ("scales", "means", "salient_scales", "salient_means")),
+        *(coefficients(_buffer(layout, name)) for name in ("scales", "means", "salient_scales", "salient_means")),
     )
 
 

@@ -134,8 +134,8 @@ struct StructuredDots {
 constexpr int64_t kChunkSteps = 4;
 struct KeptDots {
     const Structured* of;
-    int64_t rank_bits;             // of 8 columns
-    const uint8_t* pairs;          // [2][128]: the first two and the last two kept of 8 columns, 4 bits each, by rank
+    int64_t rank_bits, kept;  // of 8 columns
+    const uint8_t* pairs;     // [4][128]: those kept of 8 columns by rank, two in each, 4 bits each
     struct Groups {
         int32_t ordinary, salient;  // where the step's first scale is in a row of them; -1: none is salient
     };

@@ -90,6 +90,22 @@ using Prepare = void (*)(const float* x, int64_t words, const Run* run, int64_t 
 using Rows = void (*)(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
                       int64_t stride);
 
+// Plain floats [n, m], as the rows function knows them.
+struct Dense {
+    int64_t m;
+    const float* weights;
+};
+
+struct Norm;
+
+// What lies between the products of a decoder layer (decoder.h, decoder_steps.h).
+struct DecoderSteps {
+    void (*rms_norm)(const float* x, const Norm& norm, int64_t count, float* y);
+    void (*silu_times)(float* gate, const float* up, int64_t count);
+    void (*attend)(const float* q, const float* keys, const float* values, int64_t tokens, int64_t features,
+                   float scaling, float* weights, float* y);
+};
+
 struct Isa {
     const char* name;
     bool (*supported)();
@@ -106,6 +122,8 @@ struct Isa {
     Rows integers[2];
     Rows structured[2];
     Rows partial[2];
+    Rows dense;
+    DecoderSteps decoder;
 };
 
 extern const Isa kAvx512, kAvx2, kNeon, kPortable;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "codebooks.h"
+#include "decoder_steps.h"
 #include "integers.h"
 #include "partial.h"
 #include "prepare.h"
@@ -32,6 +33,8 @@ constexpr Isa isa_of(const char* name, bool (*supported)()) {
     isa.structured[1] = structured_rows<I, true>;
     isa.partial[0] = partial_rows<I, false>;
     isa.partial[1] = partial_rows<I, true>;
+    isa.dense = dense_rows;
+    isa.decoder = kDecoderSteps;
     return isa;
 }
 

@@ -9,6 +9,9 @@
 
 namespace kernels {
 
+// Plain floats [n, m].
+std::unique_ptr<Matrix> dense(int64_t n, int64_t m, const float* weights);
+
 // One plane and its scales after the other; means and column_scales [1, m] may have no data.
 std::unique_ptr<Matrix> sign_planes(int64_t n, int64_t m, int64_t group_size, const std::vector<Plane>& signs,
                                     const std::vector<Coefficients>& scales, Coefficients means,

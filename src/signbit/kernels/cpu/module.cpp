@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "decoder.h"
 #include "dispatch.h"
 #include "matrices.h"
 #include "sign_planes.h"
@@ -21,6 +22,13 @@ namespace {
 void multiply_at(const Matrix& matrix, uintptr_t x, uintptr_t y, int type, int64_t tokens, bool int8, int threads) {
     multiply(matrix, active(), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), static_cast<Scalar>(type),
              tokens, int8, threads);
+}
+
+void step_at(const DecoderLayer& layer, uintptr_t x, uintptr_t y, uintptr_t cosines, uintptr_t sines, uintptr_t keys,
+             uintptr_t values, int64_t stride, int64_t tokens, int threads) {
+    layer.step(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), reinterpret_cast<const float*>(cosines),
+               reinterpret_cast<const float*>(sines),
+               {reinterpret_cast<float*>(keys), reinterpret_cast<float*>(values), stride, tokens}, threads);
 }
 
 uint64_t stream_at(uintptr_t data, int64_t bytes, int threads) {
@@ -55,6 +63,22 @@ NB_MODULE(_native, module) {
         });
     nb::class_<Matrix>(module, "Matrix")
         .def("multiply", multiply_at, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<Norm>(module, "Norm").def(nb::init<>()).def("__init__", [](Norm* self, uintptr_t weight, float epsilon) {
+        new (self) Norm{reinterpret_cast<const float*>(weight), epsilon};
+    });
+    nb::class_<Linear>(module, "Linear")
+        .def("__init__", [](Linear* self, std::vector<std::vector<const Matrix*>> chains, bool int8, bool norm,
+                            std::vector<Coefficients> biases) {
+            new (self) Linear{std::move(chains), int8, norm, std::move(biases)};
+        });
+    nb::class_<DecoderLayer>(module, "DecoderLayer")
+        .def(nb::init<int64_t, int64_t, int64_t, float, Norm, Norm, Norm, Norm, Linear, Linear, Linear, Linear, Linear,
+                      Linear, Linear>())
+        .def("step", step_at, nb::call_guard<nb::gil_scoped_release>());
+
+    module.def("dense", [](int64_t n, int64_t m, uintptr_t weights) {
+        return dense(n, m, reinterpret_cast<const float*>(weights));
+    });
     module.def("sign_planes", sign_planes);
     module.def("integers", integers);
     module.def("partial", [](int64_t n, int64_t m, int64_t group_size, int64_t gap_bits, int64_t code_bits, Plane signs,

@@ -169,14 +169,14 @@ class StructuredDotsMatrix : public CodedMatrix {
     bool possible_;
 };
 
-// The same where half of the columns is kept.
+// The same where some of 8 columns are kept, but not all.
 class KeptDotsMatrix : public Matrix {
    public:
     KeptDotsMatrix(const StructuredMatrix& all, int64_t group_size, const Plane& map)
         : Matrix(all.n, all.m, group_size), all_(all) {
         const Structured& of = *static_cast<const Structured*>(all.self());
         const int64_t size = group_size ? group_size : m, cells = 8 / std::max<int64_t>(of.of, 1);
-        possible_ = (of.of == 8 || of.of == 4) && 2 * of.keep == of.of && m <= kMostDotColumns &&
+        possible_ = cells * of.of == 8 && of.keep < of.of && m <= kMostDotColumns &&
                     (size % kStepColumns == 0 || size >= m);
         if (!possible_) return;
         tabulate_pairs(of, cells);
@@ -189,7 +189,7 @@ class KeptDotsMatrix : public Matrix {
         for (size_t i = 0; i < salient.columns.size(); i++) {
             groups_[salient.columns[i] / kStepColumns].salient = 2 * salient.groups[i];
         }
-        dots_ = {&of, of.rank_bits * cells, pairs_, groups_.data(), chunks};
+        dots_ = {&of, of.rank_bits * cells, of.keep * cells, pairs_, groups_.data(), chunks};
     }
     bool possible() const { return possible_; }
     int64_t kinds() const override { return all_.kinds(); }
@@ -213,7 +213,7 @@ class KeptDotsMatrix : public Matrix {
     }
 
     const StructuredMatrix& all_;
-    uint8_t pairs_[256] = {};
+    uint8_t pairs_[512] = {};
     std::vector<KeptDots::Groups> groups_;
     KeptDots dots_{};
     bool possible_;
