@@ -12,10 +12,9 @@ the layer's own way: prompts, batches, masks, hooks on the modules inside, torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,60 +24,25 @@ from transformers.activations import ACT2FN
 
 from signbit.cache import RoomyLayer
 from signbit.kernels import cpu
+from signbit.layouts.base import Watched
 from signbit.modules import QuantizedLinear
 
-# Layers of one and the same structure; the last two put norms on queries and keys, or biases on their linears.
+# Layers of one and the same structure; the last two may have norms of queries and keys, or biases.
 _KNOWN = {
     f"transformers.models.{family}.modeling_{family}.{name}DecoderLayer"
     for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
 }
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
 def attach(model: PreTrainedModel) -> None:
     """Let the layers of ``model`` that are known, and a dense head, take one token in one call."""
     for layer in model.modules():
         if f"{type(layer).__module__}.{type(layer).__qualname__}" in _KNOWN:
-            layer.forward = partial(_layer_forward, layer)
+            layer.forward = LayerForward(layer)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head.forward = partial(_head_forward, head)  # type: ignore[method-assign]
-
-
-def _layer_forward(
-    layer: nn.Module,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    use_cache: bool | None = False,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    **others: Any,
-) -> Any:
-    if (
-        attention_mask is None
-        and position_embeddings is not None
-        and isinstance(past_key_values, DynamicCache)
-        and _is_one_token(hidden_states)
-        and not layer.training
-        and not others.get("output_attentions")
-    ):
-        decoder = _decoder_of(layer)
-        if decoder is not None:
-            y = decoder.step(hidden_states, position_embeddings, past_key_values)
-            if y is not None:
-                return y
-    return type(layer).forward(
-        layer,
-        hidden_states,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        use_cache=use_cache,
-        position_embeddings=position_embeddings,
-        **others,
-    )
 
 
 def _head_forward(head: nn.Linear, hidden_states: Tensor) -> Tensor:
@@ -103,64 +67,170 @@ def _is_plain(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()
 
 
-class _Decoder:
-    """A layer as C++ knows it: addresses, which are good as long as :func:`_addresses` finds the same."""
+class LayerForward:
+    """The ``forward`` of one decoder layer."""
 
-    def __init__(self, layer: Any, found: list[int]) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.addresses = found
-        self.layer_index: int = attention.layer_idx
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self._parts: _Parts | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is made of addresses does not go along with a copy.
+        return {"layer": self.layer, "_parts": None}
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **others: Any,
+    ) -> Any:
+        layer = self.layer
+        if (
+            attention_mask is None
+            and position_embeddings is not None
+            and isinstance(past_key_values, DynamicCache)
+            and _is_one_token(hidden_states)
+            and not layer.training
+            and not others.get("output_attentions")
+            and (decoder := self._decoder()) is not None
+            and (y := decoder.step(hidden_states, position_embeddings, past_key_values)) is not None
+        ):
+            return y
+        return type(layer).forward(
+            layer,
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **others,
+        )
+
+    def _decoder(self) -> _Decoder | None:
+        """The layer as C++ knows it, if that can be: as it is now."""
+        parts = self._parts
+        if parts is None or not parts.are_those_of(self.layer):
+            parts = self._parts = _Parts(self.layer)
+        return None if parts.are_watched() else parts.decoder()
+
+
+class _Parts:
+    """The modules inside of a layer, and what was made of them."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.holders = [layer._modules, layer.self_attn._modules, layer.mlp._modules]
+        self.ids = self._ids()
+        self.modules = [cast(nn.Module, module) for held in self.holders for module in held.values()]
+        self.linears = [module for module in self.modules if isinstance(module, QuantizedLinear)]
+        self.parameters = [module._parameters for module in self.modules if module._parameters]
+        self.hooks = [hooks for m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.made: tuple[int, list[int], list[int], _Decoder | None] | None = None
+
+    def _ids(self) -> list[int]:
+        return [*map(id, chain.from_iterable(map(dict.values, self.holders)))]
+
+    def are_those_of(self, layer: nn.Module) -> bool:
+        return self.ids == self._ids()
+
+    def are_watched(self) -> bool:
+        """Whether anybody has put hooks on a module that would not run, or another forward."""
+        return _has_any_global_hook() or any(self.hooks) or any("forward" in m.__dict__ for m in self.modules)
+
+    def decoder(self) -> _Decoder | None:
+        """Made anew when a tensor is not where it was, or a linear takes its inputs otherwise."""
+        dense = [p.data_ptr() for held in self.parameters for p in held.values() if p is not None]
+        made = self.made
+        changes = Watched.changes
+        if made is not None and made[0] == changes and made[1] == dense:
+            return made[3]
+        packed = [int(one.int8) for one in self.linears]
+        packed += [tensor.data_ptr() for one in self.linears for tensor in one.packed.buffers()]
+        same = made is not None and made[1:3] == (dense, packed)
+        decoder = made[3] if same and made is not None else _Decoder(self.layer) if self._have_kernels() else None
+        self.made = changes, dense, packed, decoder
+        return decoder
+
+    def _have_kernels(self) -> bool:
+        return (
+            all(type(one) is nn.Linear or isinstance(one, QuantizedLinear) for one in _linears_of(self.layer))
+            and all(cpu.has_kernel(one.packed) for one in self.linears)
+            and all(_is_plain(p) for held in self.parameters for p in held.values() if p is not None)
+            and isinstance(self.layer.mlp.act_fn, _SILU)
+            and self.layer.self_attn.config._attn_implementation == "sdpa"
+        )
+
+
+def _linears_of(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    of_attention = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+class _Decoder:
+    """A layer as C++ knows it: addresses of the tensors that it had when this was made."""
+
+    def __init__(self, layer: Any) -> None:
+        attention = layer.self_attn
+        self._index: int = attention.layer_idx
         self._features: int = attention.head_dim
         self._key_heads: int = attention.k_proj.out_features // self._features
-        self._kept: list[Any] = []  # what was made for the addresses
+        self._kept: list[Any] = []  # what the addresses are of
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        self._native = cpu.native.DecoderLayer(
+        self._step = cpu.native.DecoderLayer(
             attention.q_proj.out_features // self._features,
             self._key_heads,
             self._features,
             attention.scaling,
-            *(
-                cpu.native.Norm() if n is None else cpu.native.Norm(n.weight.data_ptr(), n.variance_epsilon)
-                for n in norms
-            ),
-            *(self._linear(getattr(attention, name)) for name in _LINEARS[0]),
-            *(self._linear(getattr(mlp, name)) for name in _LINEARS[1]),
-        )
+            *map(self._norm, norms),
+            *map(self._linear, _linears_of(layer)),
+        ).step
+
+    def _norm(self, norm: Any) -> Any:
+        if norm is None:
+            return cpu.native.Norm()
+        self._kept.append(norm.weight.data)
+        return cpu.native.Norm(norm.weight.data_ptr(), norm.variance_epsilon)
 
     def _linear(self, linear: Any) -> Any:
-        biases = [] if linear.bias is None else [cpu.coefficients(linear.bias.unsqueeze(1))]
+        biases = [] if linear.bias is None else [linear.bias.data.unsqueeze(1)]
         if not isinstance(linear, QuantizedLinear):
             matrix = cpu.dense(linear.weight)
-            self._kept.append(matrix)
-            return cpu.native.Linear([[matrix]], False, False, biases)
+            self._kept += [matrix, linear.weight.data, biases]
+            return cpu.native.Linear([[matrix]], False, False, [cpu.coefficients(bias) for bias in biases])
         packed = linear.packed
         chains = cpu.chains_of(packed)
         assert chains is not None
-        self._kept.append(packed.prepared)
         if packed.spec.bias:
-            biases.insert(0, cpu.coefficients(packed.get_buffer("bias").unsqueeze(1)))
+            biases.insert(0, packed.get_buffer("bias").unsqueeze(1))
+        self._kept += [packed.prepared, [*packed.buffers()], biases]
         matrices = [[matrix for matrix, _ in chain] for chain in chains]
-        return cpu.native.Linear(matrices, linear.int8, packed.spec.norm, biases)
+        return cpu.native.Linear(matrices, linear.int8, packed.spec.norm, [cpu.coefficients(bias) for bias in biases])
 
     def step(self, x: Tensor, position: tuple[Tensor, Tensor], cache: DynamicCache) -> Tensor | None:
         """The layer's output for x [1, 1, width]; None if the cache is none of ours."""
         layers = cache.layers
-        own = layers[self.layer_index] if self.layer_index < len(layers) else None
+        own = layers[self._index] if self._index < len(layers) else None
         if type(own) is not RoomyLayer or not own.is_initialized:
             return None
         keys, values = own.keys, own.values
         assert keys is not None and values is not None
-        fits = (1, self._key_heads, self._features) == (*keys.shape[:2], keys.shape[-1]) and keys.shape == values.shape
-        cosines, sines = position
-        if not fits or keys.dtype != torch.float32 or cosines.dtype != torch.float32:
+        batch, heads, _, features = keys.shape
+        if (batch, heads, features) != (1, self._key_heads, self._features) or keys.shape != values.shape:
             return None
-        if cosines.shape[-1] != self._features:
+        cosines, sines = position
+        if keys.dtype != torch.float32 or cosines.dtype != torch.float32 or cosines.shape[-1] != features:
             return None
         keys, values, tokens = own.grow(keys, values, 1)
         x, cosines, sines = x.contiguous(), cosines.contiguous(), sines.contiguous()
         y = torch.empty_like(x)
-        self._native.step(
+        self._step(
             x.data_ptr(),
             y.data_ptr(),
             cosines.data_ptr(),
@@ -172,62 +242,3 @@ class _Decoder:
             torch.get_num_threads(),
         )
         return y
-
-
-# By layer, and not on it: what is made of addresses must not be copied along with a model. None: goes its own way.
-_decoders: WeakKeyDictionary[nn.Module, tuple[list[int], _Decoder | None]] = WeakKeyDictionary()
-
-
-def _decoder_of(layer: nn.Module) -> _Decoder | None:
-    inside = _inside(layer)
-    if _has_any_global_hook() or any(map(_is_watched, inside)):
-        return None
-    found = _addresses(inside)
-    known = _decoders.get(layer)
-    if known is None or known[0] != found:
-        known = _decoders[layer] = found, _Decoder(layer, found) if _has_kernels(layer, inside) else None
-    return known[1]
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether anybody has put hooks, or another forward, on it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def _inside(layer: nn.Module) -> list[nn.Module]:
-    """The modules of a layer that do not run when it is done in one call."""
-    modules = layer._modules
-    attention, mlp = modules["self_attn"], modules["mlp"]
-    parts = (modules, attention._modules, mlp._modules)  # type: ignore[union-attr]
-    return [cast(nn.Module, module) for part in parts for module in part.values()]
-
-
-def _addresses(inside: list[nn.Module]) -> list[int]:
-    """Where everything is that a :class:`_Decoder` points to, and how linears take their inputs."""
-    found: list[int] = []
-    for module in inside:
-        if isinstance(module, QuantizedLinear):
-            found.append(module.int8)
-            found.extend(tensor.data_ptr() for tensor in _buffers(module))
-        found.extend(parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None)
-    return found
-
-
-def _buffers(linear: QuantizedLinear) -> Iterator[Tensor]:
-    return iter(linear._modules["packed"]._buffers.values())  # type: ignore[union-attr,arg-type]
-
-
-def _has_kernels(layer: Any, inside: list[nn.Module]) -> bool:
-    linears = [
-        getattr(part, name)
-        for part, names in zip((layer.self_attn, layer.mlp), _LINEARS, strict=True)
-        for name in names
-    ]
-    parameters = [p for module in inside for p in module._parameters.values() if p is not None]
-    return (
-        all(type(one) is nn.Linear or isinstance(one, QuantizedLinear) for one in linears)
-        and all(cpu.has_kernel(one.packed) for one in linears if isinstance(one, QuantizedLinear))
-        and all(_is_plain(parameter) for parameter in parameters)
-        and isinstance(layer.mlp.act_fn, _SILU)
-        and layer.self_attn.config._attn_implementation == "sdpa"
-    )
