@@ -44,7 +44,7 @@ def random_factor(width: int, seed: int = 0) -> Factor:
 
 def damped(factor: Factor) -> Tensor:
     """The Hessian that was factored, in float64."""
-    return factor.inverse.double() @ factor.inverse.double().T
+    return factor.root.double() @ factor.root.double().T
 
 
 def binarized(x: Tensor, times: int) -> Tensor:

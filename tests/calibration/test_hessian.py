@@ -48,7 +48,7 @@ def test_factor(width: int, damping: float) -> None:
     assert factor.damping == damping
     assert not factor.dead.any()
     damped = hessian.double() + damping * hessian.diagonal().mean() * torch.eye(width)
-    upper, inverse = factor.upper.double(), factor.inverse.double()
+    upper, inverse = factor.upper().double(), factor.root.double()
     assert torch.equal(upper, upper.triu())
     assert torch.equal(inverse, inverse.triu())
     assert (upper.diagonal() > 0).all()
@@ -56,6 +56,9 @@ def test_factor(width: int, damping: float) -> None:
     tolerance = 1e-6 * float(torch.linalg.cond(damped))
     assert (upper.T @ upper @ damped - eye).abs().max() < tolerance
     assert (upper @ inverse - eye).abs().max() < tolerance
+    assert torch.equal(factor.diagonal.double(), upper.diagonal())
+    block = factor.upper(slice(width // 3, width)).double()
+    assert (block - upper[width // 3 :, width // 3 :]).abs().max() < tolerance
     # What the sweep divides by: U_jj^2 is the first entry of the inverse Hessian of columns j..
     last = width // 2
     assert upper[last, last] ** 2 == pytest.approx(float(torch.linalg.inv(damped[last:, last:])[0, 0]), rel=1e-3)
@@ -70,15 +73,15 @@ def test_inputs_that_are_always_zero_are_dead_and_change_nothing_for_the_rest() 
     factor = factorize(hessian, 0.0)
     assert torch.equal(hessian, before)
     assert factor.dead.nonzero().flatten().tolist() == [3, 6, 11]
-    assert torch.isfinite(factor.upper).all()
-    assert torch.allclose(factor.upper[alive][:, alive], factorize(hessian[alive][:, alive], 0.0).upper, atol=1e-5)
-    assert not factor.upper[3, 4:].any() and not factor.upper[:3, 3].any()
+    assert torch.isfinite(factor.upper()).all()
+    assert torch.allclose(factor.upper()[alive][:, alive], factorize(hessian[alive][:, alive], 0.0).upper(), atol=1e-5)
+    assert not factor.root[3, 4:].any() and not factor.root[:3, 3].any()
 
 
 def test_all_dead() -> None:
     factor = factorize(torch.zeros(4, 4), 0.01)
     assert factor.dead.all()
-    assert torch.isfinite(factor.upper).all()
+    assert torch.isfinite(factor.upper()).all()
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-8])
@@ -91,13 +94,13 @@ def test_a_singular_hessian_gets_more_damping_and_says_so(damping: float) -> Non
     steps = torch.tensor(factor.damping / (damping or 1e-5)).log10()
     assert steps == pytest.approx(round(float(steps)), abs=1e-3)  # by whole factors of ten
     damped = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(30)
-    assert torch.allclose(factor.inverse @ factor.inverse.T, damped, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(factor.root @ factor.root.T, damped, rtol=1e-4, atol=1e-5)
 
 
 def test_fewer_tokens_than_inputs_are_enough() -> None:
     factor = factorize(hessian_of(random_inputs(10, 64)), 0.01)
     assert factor.damping == 0.01
-    assert torch.isfinite(factor.upper).all()
+    assert torch.isfinite(factor.upper()).all()
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ NANOQUANT: dict[str, Any] = {"iterations": 200, "order": "jacobi", "start": "ran
 def metric_of(width: int, seed: int = 0) -> Metric:
     """A Hessian with a diagonal of ones."""
     factor = random_factor(width, seed)
-    sizes = factor.inverse.square().sum(1).sqrt()
-    return Metric(factor.inverse / sizes.unsqueeze(1), factor.upper * sizes)
+    sizes = factor.root.square().sum(1).sqrt()
+    return Metric(factor.root / sizes.unsqueeze(1), factor.upper() * sizes)
 
 
 def error(target: Tensor, path: Path, metric: Metric) -> float:

@@ -58,7 +58,7 @@ def test_powers_of_two_in_the_columns_are_taken_out_exactly(monkeypatch: pytest.
     monkeypatch.setattr(column_scales, "rank_one", lambda weight, size: c)
     weight, factor = random_weight(5, 50), random_factor(50)
     options = XnorOptions(group_size=16, refits=1)
-    moved = type(factor)(factor.upper * c, factor.inverse / c.unsqueeze(1), factor.dead, factor.damping)
+    moved = type(factor)(factor.root / c.unsqueeze(1), factor.dead, factor.damping)
     codes, columns = sweep_scaled(weight * c, moved, 16, decide, options)
     assert torch.equal(columns, c)
     plain = xnor.quantize(weight, factor, options).dequantize()

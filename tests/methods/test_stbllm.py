@@ -52,7 +52,7 @@ def fit(x: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
 
 def slow_importance(weight: Tensor, original: Tensor, at: slice, factor: Factor, metric: str) -> Tensor:
     if metric in ("hessian", "magnitude"):
-        return weight.square() / factor.upper.diagonal()[at].square() if metric == "hessian" else weight.abs()
+        return weight.square() / factor.diagonal[at].square() if metric == "hessian" else weight.abs()
     size = original.abs()
     rows, columns = size.sum(1, keepdim=True), size.sum(0)
     diagonal = damped(factor).diagonal()

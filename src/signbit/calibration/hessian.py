@@ -10,7 +10,8 @@ Every post-training method here works with the upper triangular U of
 
 U_jj^2 is the j-th diagonal entry of the inverse Hessian of columns j.. (the OBS denominator once the columns before j
 are settled; GPTQ, arXiv 2210.17323, section 3.3). R comes from one Cholesky factorization of H with rows and columns
-in reverse order, and U from one triangular solve: H is never inverted.
+in reverse order. Nothing as large as H is inverted for it: a sweep needs only the blocks of U on its diagonal, which
+are the inverses of those of R (methods/sweep.py), and that makes factorizing four times as fast.
 """
 
 from __future__ import annotations
@@ -83,16 +84,26 @@ def centered(hessian: Tensor, mean: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """Triangular factor of a damped Hessian. All ``[in, in]`` float32.
+    """Triangular factor of a damped Hessian.
 
-    upper: U with H^-1 = U^T U; inverse: U^-1; dead: bool [in], inputs that were always zero; damping: the fraction of
-    the mean diagonal that was added.
+    root: R = U^-1, float32 [in, in], with H = R R^T and H^-1 = U^T U; dead: bool [in], inputs that were always zero;
+    damping: the fraction of the mean diagonal that was added.
     """
 
-    upper: Tensor
-    inverse: Tensor
+    root: Tensor
     dead: Tensor
     damping: float
+
+    @property
+    def diagonal(self) -> Tensor:
+        """U_jj [in]."""
+        return self.root.diagonal().reciprocal()
+
+    def upper(self, columns: slice = slice(None)) -> Tensor:
+        """The block of U on its diagonal at these columns, which is computed: [k, k], k^3 operations."""
+        root = self.root[columns, columns]
+        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        return torch.linalg.solve_triangular(root, eye, upper=True)
 
 
 def factorize(hessian: Tensor, damping: float) -> Factor:
@@ -109,11 +120,7 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
         backward.diagonal().copy_(diagonal + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(backward)
         if not failed and all_finite(lower):
-            root = lower.flip(0, 1)
-            del backward, lower
-            eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
-            upper = torch.linalg.solve_triangular(root, eye, upper=True)
-            return Factor(upper=upper, inverse=root, dead=dead, damping=damping)
+            return Factor(root=lower.flip(0, 1), dead=dead, damping=damping)
         damping = damping * 10 if damping > 0 else 1e-4
     raise SignbitError(
         f"the Hessian cannot be factorized even with damping {MAX_DAMPING:g}: use more or different calibration text"

@@ -210,11 +210,11 @@ def quantize_group(weight: Tensor, diagonal: Tensor, metric: Tensor | None, opti
 def quantize(weight: Tensor, factor: Factor | None, options: ArbLLMOptions) -> SplitPlanes:
     if factor is None:
         raise ValueError("arb-llm needs a Hessian")
-    size, diagonal = options.groups_of(weight.shape[1]), factor.upper.diagonal()
+    size, diagonal = options.groups_of(weight.shape[1]), factor.diagonal
 
     def decide(block: Tensor, columns: slice) -> SplitCode:
         # H = R R^T with R upper triangular: a diagonal block of H needs its rows of R from the diagonal on.
-        root = factor.inverse[columns, columns.start :] if options.variant == "x" else None
+        root = factor.root[columns, columns.start :] if options.variant == "x" else None
         return quantize_group(block, diagonal[columns], None if root is None else root @ root.T, options)
 
     codes = sweep(weight, factor, size, decide, options)

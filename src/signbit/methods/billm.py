@@ -122,7 +122,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: BiLLMOptions) -> Sp
     if factor is None:
         raise ValueError("billm needs a Hessian")
     size = options.groups_of(weight.shape[1])
-    diagonal = factor.upper.diagonal()
+    diagonal = factor.diagonal
     codes = sweep(
         weight, factor, size, lambda block, columns: quantize_group(block, diagonal[columns], options), options
     )

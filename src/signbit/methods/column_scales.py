@@ -46,11 +46,11 @@ def sweep_scaled(
     weight = weight * ~factor.dead
     with phase("fit"):
         columns = _rounded(rank_one(weight, group_size), torch.ones_like(weight[0]), options)
-    scaled = Factor(factor.upper / columns, factor.inverse * columns.unsqueeze(1), factor.dead, factor.damping)
+    scaled = Factor(factor.root * columns.unsqueeze(1), factor.dead, factor.damping)
     codes = sweep(weight / columns, scaled, group_size, quantize_group, options.model_copy(update={"passes": 0}))
     if options.passes:
         with phase("descent"):
-            hessian = factor.inverse @ factor.inverse.T
+            hessian = factor.root @ factor.root.T
             groups = groups_of(weight.shape[1], group_size)
             for _ in range(options.passes):
                 values = torch.cat([code.values() for code in codes], dim=1)

@@ -45,7 +45,7 @@ def least_squares(features: Tensor, product: Tensor, metric: Tensor) -> Tensor:
 
 def descend(weight: Tensor, factor: Factor, groups: list[slice], codes: Sequence[GroupCode], passes: int) -> None:
     """Improve ``codes`` of ``groups`` of columns of ``weight`` [n, m] in place, ``passes`` times."""
-    descend_on(weight, factor.inverse @ factor.inverse.T, groups, codes, passes)
+    descend_on(weight, factor.root @ factor.root.T, groups, codes, passes)
 
 
 def descend_on(weight: Tensor, hessian: Tensor, groups: list[slice], codes: Sequence[GroupCode], passes: int) -> None:

@@ -244,7 +244,7 @@ def quantize_pairs_of_rows(coefficients: Tensor, diagonal: Tensor, options: HBLL
 
 def transformed(factor: Factor, group_size: int) -> Factor:
     """The factor of T^T H T, for the transform T of the row variant."""
-    hessian = factor.inverse @ factor.inverse.T
+    hessian = factor.root @ factor.root.T
     return factorize(haar(haar(hessian, 0, group_size), 1, group_size), 0)
 
 
@@ -252,7 +252,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: HBLLMOptions) -> Ha
     if factor is None:
         raise ValueError("hbllm needs a Hessian")
     size = options.groups_of(weight.shape[1])
-    diagonal = factor.upper.diagonal()
+    diagonal = factor.diagonal
     if options.variant == "column":
         codes = sweep(
             haar(weight, 0),

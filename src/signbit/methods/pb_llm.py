@@ -277,7 +277,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: PBLLMOptions) -> Pa
         raise ValueError("pb-llm needs a Hessian")
     size = options.groups_of(weight.shape[1])
     weight = weight * ~factor.dead
-    diagonal = factor.upper.diagonal()
+    diagonal = factor.diagonal
     with phase("search"):
         salient = find_all_salient(weight, diagonal, size, options)
     of_rows = None

@@ -34,7 +34,7 @@ Scores = Callable[[Tensor, slice], Tensor]
 def importance(weight: Tensor, factor: Factor, metric: Importance) -> Scores:
     """The scores for the layer whose original weights are ``weight`` [n, m]."""
     if metric == "hessian" or metric == "magnitude":
-        diagonal = factor.upper.diagonal()
+        diagonal = factor.diagonal
         return lambda block, columns: salience(block, diagonal[columns], metric)
     power = input_power(factor)
     if metric == "ria":
@@ -64,7 +64,7 @@ def input_power(factor: Factor) -> Tensor:
 
     With a bias correction the Hessian is that of what varies, so this is an input's variance, not its power.
     """
-    diagonal = factor.inverse.square().sum(1)
+    diagonal = factor.root.square().sum(1)
     # What factorize did: dead inputs have 1, then damping times the mean of the diagonal is added to all.
     alive = diagonal.sum() - factor.dead.sum()
     mean = alive / (len(diagonal) * (1 + factor.damping))

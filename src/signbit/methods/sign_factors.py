@@ -141,10 +141,10 @@ def _importance(weight: Tensor, factor: Factor | None, options: SignFactorsOptio
     """What columns are multiplied by [m], and the metric of what comes out."""
     if factor is None or options.metric == "none":
         return torch.ones_like(weight[0]), Metric()
-    powers = factor.inverse.square().sum(1)
+    powers = factor.root.square().sum(1)
     if options.metric == "hessian":
         sizes = powers.sqrt()
-        return sizes, Metric(factor.inverse / sizes.unsqueeze(1), factor.upper * sizes)
+        return sizes, Metric(factor.root / sizes.unsqueeze(1), factor.upper() * sizes)
     return torch.lerp(powers, powers.mean(), options.shrinkage).sqrt(), Metric()
 
 
@@ -152,7 +152,7 @@ def _hessian(weight: Tensor, factor: Factor | None, options: SignFactorsOptions)
     """The metric of the refits [m, m]."""
     if factor is None or options.metric == "none":
         return torch.eye(weight.shape[1], device=weight.device)
-    return factor.inverse @ factor.inverse.T
+    return factor.root @ factor.root.T
 
 
 def _find(weight: Tensor, rank: int, powers: Tensor, metric: Metric, options: SignFactorsOptions) -> Path:

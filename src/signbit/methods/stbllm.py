@@ -245,7 +245,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: StbllmOptions) -> S
     if factor is None:
         raise ValueError("stbllm needs a Hessian")
     original = weight * ~factor.dead
-    scores, diagonal = importance(original, factor, options.importance), factor.upper.diagonal()
+    scores, diagonal = importance(original, factor, options.importance), factor.diagonal
 
     def prune(block: Tensor, columns: slice) -> Tensor:
         with phase("search"):

@@ -5,11 +5,16 @@ compensated by the columns after it, without touching those before, by
 
     W_rest -= E U_b,rest          E = (W_b - Q_b) U_bb^-1                               (block)
 
-which is GPTQ's update (arXiv 2210.17323) for a whole group at once. Ways to obtain E:
+which is GPTQ's update (arXiv 2210.17323) for a whole group at once. All of U would take inverting all of R = U^-1.
+It is not needed: let X = E U be what all that was passed on amounts to, with E zero from group b on. Then X R = E, so
+
+    X_b = -(X_a R_ab) U_bb      summed over the groups a before b
+
+is what group b receives, and U_bb is the inverse of R_bb alone. Ways to obtain E:
 
     none       nothing is fed back
     diagonal   U_bb is replaced by its diagonal: what the released code of BiLLM, STBLLM, ARB-LLM and HBLLM does
-    block      the exact formula above; U^-1 is at hand, so it is one small matrix product
+    block      the exact formula above: R is at hand, so it is one small matrix product
     column     GPTQ proper: the group's coefficients are fitted from the group's weights at entry and frozen, then its
                columns are quantized one by one, each passing its error on to the next ones inside the group too
 
@@ -79,15 +84,23 @@ def sweep(
     if factor is None or options is None:
         return [quantize_group(weight[:, columns], columns) for columns in groups]
     weight = weight * ~factor.dead
-    work = weight.clone()
+    passed_on = torch.zeros_like(weight)  # X
     codes = []
     for columns in groups:
-        code = quantize_group(work[:, columns], columns)
+        own, before = weight[:, columns], slice(0, columns.start)
+        if options.feedback == "none":
+            codes.append(quantize_group(own, columns))
+            continue
+        with phase("sweep"):
+            upper, root = factor.upper(columns), factor.root[columns, columns]
+            received = (passed_on[:, before] @ factor.root[before, columns]).neg_() @ upper
+            own = own - received
+        code = quantize_group(own, columns)
         codes.append(code)
         with phase("sweep"):
-            error = _group_error(work[:, columns], factor, columns, code, options)
-            if error is not None and columns.stop < m:
-                work[:, columns.stop :].addmm_(error, factor.upper[columns, columns.stop :], alpha=-1)
+            error = _group_error(own, upper, root, code, options)
+            if columns.stop < m:
+                passed_on[:, columns] = received.addmm_(error, upper)
     if options.passes:
         with phase("descent"):
             descend(weight, factor, groups, cast(list[GroupCode], codes), options.passes)
@@ -100,13 +113,11 @@ def groups_of(columns: int, group_size: int) -> list[slice]:
     return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
-def _group_error(
-    weight: Tensor, factor: Factor, columns: slice, code: GroupValues, options: SweepOptions
-) -> Tensor | None:
-    """Settle choices and coefficients of one group with weights [n, k], in turns; the error E that it passes on."""
-    if options.feedback == "none":
-        return None
-    upper, root = factor.upper[columns, columns], factor.inverse[columns, columns]
+def _group_error(weight: Tensor, upper: Tensor, root: Tensor, code: GroupValues, options: SweepOptions) -> Tensor:
+    """Settle choices and coefficients of one group with weights [n, k], in turns; the error E that it passes on.
+
+    upper, root: U_bb and R_bb, [k, k].
+    """
     by_column = options.feedback == "column"
     error = _quantize_columns(weight, upper, cast(GroupCode, code)) if by_column else None
     if options.refits:
