@@ -142,7 +142,7 @@ struct IntegerProduct {
     const float* floats[T];
     const uint8_t* row[kRowsTogether];
     const Fields<Bits>& fields;
-    int64_t ahead;  // from a row to the one that takes its place next
+    const uint8_t* ahead;  // the rows that come next, which are fetched line after line, in no other order (docs/kernels.md)
     F sum[kRowsTogether][T];
     float constant[kRowsTogether][T];
 
@@ -185,9 +185,7 @@ struct IntegerProduct {
             for (int64_t pair = word / 2; 2 * pair < stop; pair++) {
                 const uint64_t mask = mask_of(run, 2 * pair) | static_cast<uint64_t>(mask_of(run, 2 * pair + 1)) << 32;
                 Operations::template dot<Bits, T>(row, fields, pair, mask, x, token, part);
-                if (pair * Fields<Bits>::width(0) % 8 == 0) {
-                    for (const uint8_t* r : row) I::prefetch(r + ahead + 8 * Fields<Bits>::width(0) * pair);
-                }
+                fetch_ahead(pair * Bits / 2, (pair + 1) * Bits / 2);
             }
             for (int t = 0; t < T; t++) {
                 const float step = x.steps[(token + t) * x.words + word];
@@ -200,11 +198,12 @@ struct IntegerProduct {
     }
 
    private:
+    void fetch_ahead(int64_t line, int64_t end) const {
+        for (; line < end; line++) I::prefetch(ahead + 64 * line);
+    }
     template <bool Whole>
     void add_word(int64_t word, const float* const* activations, F (*part)[T]) {
-        if (word * Fields<Bits>::width(0) % 16 == 0) {
-            for (const uint8_t* r : row) I::prefetch(r + ahead + 4 * Fields<Bits>::width(0) * word);
-        }
+        fetch_ahead(word * Bits / 4, (word + 1) * Bits / 4);
 #pragma GCC unroll 4
         for (int r = 0; r < kRowsTogether; r++) {
             F q[32 / I::lanes];
@@ -227,7 +226,8 @@ inline void integers_few(const Integers& w, const Activations& x, int64_t token,
     const Fields<Bits> fields(w.m), zero_fields(x.runs);
     int64_t rows[kRowsTogether];
     for (int r = 0; r < kRowsTogether; r++) rows[r] = least(first + r, w.n - 1);
-    IntegerProduct<I, Bits, T> product{x, token, {}, {}, fields, kRowsTogether * w.codes.row_bytes, {}, {}};
+    IntegerProduct<I, Bits, T> product{
+        x, token, {}, {}, fields, w.codes.data + (first + kRowsTogether) * w.codes.row_bytes, {}, {}};
     for (int t = 0; t < T; t++) product.floats[t] = numbers(x, token + t);
     for (int r = 0; r < kRowsTogether; r++) {
         product.row[r] = w.codes.data + rows[r] * w.codes.row_bytes;
