@@ -11,7 +11,7 @@ from torch import Tensor
 
 from signbit.bench import random_layouts as random
 from signbit.errors import SignbitError
-from signbit.layouts import HaarPlanes, Layout, SplitPlanes
+from signbit.layouts import HaarPlanes, Layout, SplitPlanes, Structured
 from signbit.training.latent import latent_of
 from signbit.training.options import TrainingOptions
 from signbit.training.planes import LatentPlanes
@@ -137,3 +137,45 @@ def test_gradients_of_latents_are_those_of_signs(make: Maker) -> None:
 def test_magnitudes_of_the_weights_are_refused() -> None:
     with pytest.raises(SignbitError, match="use margins or constant"):
         latent(random.billm(4, 64), latent="weights")
+
+
+@every
+def test_latents_start_at_what_turning_costs_for_its_effect(make: Maker) -> None:
+    """Turned, a sign adds 4 a d to the squared error and moves the weight by 2 a: |d| is half of what one is by the
+    other."""
+    torch.manual_seed(4)
+    start = make(4, 136)
+    weight = start.dequantize() + 0.3 * torch.randn(start.shape)
+    module = latent_of(start, weight, None, TrainingOptions(latent="margins"))
+    before = start.dequantize()
+    for plane in module.latents():
+        found, wanted = [], []
+        for column in range(plane.shape[1]):
+            size = float(plane.detach()[2, column].abs())
+            with torch.no_grad():
+                plane[2, column] *= -1
+                turned = module.weight()
+                plane[2, column] *= -1
+            moved = float((turned - before).norm())
+            if moved > 0:
+                cost = float((turned - weight).square().sum() - (before - weight).square().sum())
+                found.append(size)
+                wanted.append(abs(cost) / (2 * moved))
+        mean = sum(wanted) / len(wanted)
+        assert found == pytest.approx([0.01 * d / mean for d in wanted], rel=0.01, abs=3e-5)
+
+
+def test_a_tiny_scale_leaves_the_margins_of_others_alone() -> None:
+    """A part of few weights may have next to no scale. Counted in such scales its margins would be in the millions."""
+    torch.manual_seed(5)
+    start = random.stbllm(8, 512)
+    weight = start.dequantize() + 0.3 * torch.randn(start.shape)
+    scales = start.get_buffer("scales").clone()
+    scales[:, 0, 0] = 1e-6
+    tiny = Structured(start.spec, dict(start.named_buffers()) | {"scales": scales})
+    sizes = [
+        latent_of(one, weight, None, TrainingOptions(latent="margins")).latents()[0].detach().abs().median()
+        for one in (start, tiny)
+    ]
+    assert 0.5 < float(sizes[1] / sizes[0]) < 2
+    assert float(sizes[1]) > 2e-3

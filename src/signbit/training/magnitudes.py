@@ -5,13 +5,20 @@ the same, 0.01 (``latent: constant``). The alternative is the original's |w|, in
 ``latent_scale`` (``weights``): weights that hardly mattered turn first, and rows of small weights turn no sooner than
 others. A magnitude of zero would lose the sign: none is less than a thousandth of the mean.
 
-``margins`` asks what turning would do to the weight's error. Turned, a sign s with coefficient a changes it by
+``margins`` asks what turning would do to the weight's error. Turned, a sign s with coefficient a > 0 changes it by
 
-    (w - q + 2 a s)^2 - (w - q)^2 = 4 a^2 m        m = 1 + s (w - q) / a,  the margin
+    (w - q + 2 a s)^2 - (w - q)^2 = 4 a d        d = a + s (w - q),  the margin
 
-so near m = 0 either sign is as good, and |m|, again in units in which the mean is ``latent_scale``, is how far the
-latent weight starts from zero. It takes planes that correct others for what they are, and a sign that error feedback
-chose against its own weight is not turned sooner than its opposite would be.
+and d is how far w lies beyond the middle between q and what q would be turned. Turning moves the weight by 2 a, so
+what a gradient of the weight promises for it grows with a just as the cost does: whether it pays is a matter of d. So
+|d|, again in units in which the mean is ``latent_scale``, is how far the latent weight starts from zero. It takes
+planes that correct others for what they are, and a sign that error feedback chose against its own weight is not turned
+sooner than its opposite would be.
+
+Not d / a, although a sign's gradient has the factor a: optimizers that divide by the gradient's size do not see it. A
+part of few weights may have next to no scale, and error feedback leaves weights many scales away: a few d / a in the
+hundreds then make up a row's mean, all others are next to zero by comparison, and a few steps turn them all. Factors,
+which have no such parts, start at d / a (sign_factors.py).
 
 With ``scales: optimal`` the scale of a row and group is PB-LLM's closed form (arXiv 2310.00034, section 3.3)
 
@@ -44,16 +51,15 @@ def magnitudes(weight: Tensor, ordinary: Tensor, options: TrainingOptions) -> Te
 
 
 def margins(weight: Tensor, quantized: Tensor, signs: Tensor, coefficients: Tensor) -> Tensor:
-    """|m| of each sign; 1 where its coefficient is zero, so that turning it changes nothing."""
-    ratio = signs * (weight - quantized) / coefficients
-    return torch.where(coefficients == 0, 1.0, 1 + ratio).abs()
+    """|d| of each sign."""
+    return (coefficients + signs * (weight - quantized)).abs()
 
 
 def relative_sizes(sizes: Tensor, ordinary: Tensor, options: TrainingOptions) -> Tensor:
-    """Sizes [n, m] in units in which the mean of each row, of those that count, is ``latent_scale``."""
+    """Sizes [n, m] in units in which the mean of each row, of those that count, is ``latent_scale``, as others are."""
     sizes = sizes * ordinary
     means = sizes.sum(1, keepdim=True) / ordinary.sum(1, keepdim=True).clamp(min=1)
-    relative = torch.where(means > 0, sizes / means, 1.0)
+    relative = torch.where((means > 0) & (ordinary > 0), sizes / means, 1.0)
     return options.latent_scale * relative.clamp_(min=_LEAST)
 
 

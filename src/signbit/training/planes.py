@@ -94,11 +94,13 @@ class LatentPlanes(LatentLinear):
             signs = unpack_signs(start.get_buffer(name), 8 * start.get_buffer(name).shape[-1])
             sizes = torch.full_like(signs, options.latent_scale)
             if options.latent == "margins":
-                sizes = relative_sizes(self._margins(name, signs, weight), torch.ones_like(signs), options)
+                found, counts = self._margins(name, signs, weight)
+                sizes = relative_sizes(found, counts, options)
             self.latent[name] = nn.Parameter(signs * sizes)
 
-    def _margins(self, name: str, signs: Tensor, weight: Tensor) -> Tensor:
-        """|m| (magnitudes.py) of one plane, by derivatives, since a layout may transform what it stores.
+    def _margins(self, name: str, signs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Margins (magnitudes.py) of one plane, and 1 where there is one: where a sign has a coefficient. By
+        derivatives, since a layout may transform what it stores.
 
         W is J s + rest in the signs s of a plane, and J^T J is diagonal: a plane's signs do not overlap, and the
         transform is orthonormal. Its diagonal is a^2, and s J^T (W - w) is -a s (w - q).
@@ -114,7 +116,9 @@ class LatentPlanes(LatentLinear):
             of_error = torch.autograd.grad(found, plane, error, retain_graph=True)[0]
             alone = found.detach() - rows_of(torch.zeros_like(signs))
             squares = torch.autograd.grad(found, plane, alone)[0] * signs
-        return torch.where(squares > 0, 1 - signs * of_error / squares, 1.0).abs()
+        counts = squares > 0
+        sizes = torch.where(counts, squares, 1.0).sqrt()
+        return (sizes - signs * of_error / sizes).abs(), counts.float()
 
     def operands(self) -> Operands:
         # By name: a ParameterDict has an order of its own.

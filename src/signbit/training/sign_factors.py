@@ -17,9 +17,10 @@ is, the least-squares value of a sign u_ik in W_i = h_i sum over k of u_ik c_k, 
 
     u_ik + D_i c_k^T / (h_i |c_k|^2) = u_ik m_ik        m_ik = 1 + u_ik D_i c_k^T / (h_i |c_k|^2)        D = W - Q
 
-and m is also the margin of magnitudes.py: turning the sign adds 4 h_i^2 |c_k|^2 m_ik to the squared error. The same
-holds for V, with a_k = h o U_k l_k and g_j. So ``latent: weights`` and ``margins`` are one here, |m|; DBF's code starts
-at +-1 (``constant``), NanoQuant's and LittleBit's at what they have before rounding.
+and m is also the margin of magnitudes.py in units of the coefficient h_i |c_k|: turning the sign adds
+4 h_i^2 |c_k|^2 m_ik to the squared error. The same holds for V, with a_k = h o U_k l_k and g_j. So ``latent: weights``
+and ``margins`` are one here, |m|; DBF's code starts at +-1 (``constant``), NanoQuant's and LittleBit's at what they
+have before rounding.
 """
 
 from __future__ import annotations
