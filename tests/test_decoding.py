@@ -1,15 +1,20 @@
 """One token through a layer in one call: the layer's own outputs, and its own way for everything else."""
 
 import copy
+import gc
 import itertools
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from signbit import decoding
 from signbit.cache import give_room
@@ -141,38 +146,64 @@ def test_generate_and_what_comes_after(packed_dir: Callable[..., Path], calls: C
     assert torch.equal(plain(model).generate(prompt, **options), written)
 
 
-def changes() -> Iterator[tuple[str, Callable[[PreTrainedModel], Any]]]:
-    yield "moved scales", lambda model: _scale(model.model.layers[0].mlp.up_proj)
-    yield (
-        "another norm",
-        lambda model: setattr(
-            model.model.layers[1].input_layernorm, "weight", torch.nn.Parameter(torch.rand(72) + 0.5)
-        ),
-    )
-    yield (
-        "another linear",
-        lambda model: setattr(model.model.layers[1].mlp, "down_proj", torch.nn.Linear(100, 72, bias=True)),
-    )
-    yield "in place", lambda model: model.model.layers[1].post_attention_layernorm.weight.data.mul_(1.5)
+CHANGES: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "scales": lambda model: _scale(model.model.layers[0].mlp.up_proj),
+    "a buffer": lambda model: _set_buffer(model.model.layers[0].mlp.up_proj),
+    "another norm": lambda model: setattr(
+        model.model.layers[1].input_layernorm, "weight", torch.nn.Parameter(torch.rand(72) + 0.5)
+    ),
+    "another linear": lambda model: setattr(model.model.layers[1].mlp, "down_proj", torch.nn.Linear(100, 72)),
+    "in place": lambda model: model.model.layers[1].post_attention_layernorm.weight.data.mul_(1.5),
+    "scaling": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.9),
+    "epsilon": lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 0.5),
+    "layers swapped": lambda model: _swap_layers(model),
+}
 
 
 def _scale(linear: QuantizedLinear) -> None:
     linear.packed.scales = linear.packed.get_buffer("scales") * 2
 
 
-@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in changes()])
-def test_it_follows_when_tensors_are_replaced(
-    change: Callable[[PreTrainedModel], Any], packed_dir: Callable[..., Path], calls: Calls
-) -> None:
+def _set_buffer(linear: QuantizedLinear) -> None:
+    linear.packed._buffers["scales"] = linear.packed.get_buffer("scales") * 2
+
+
+def _swap_layers(model: PreTrainedModel) -> None:
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_it_follows_when_something_is_replaced(change: str, packed_dir: Callable[..., Path], calls: Calls) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed_dir("llama", method="xnor"))
     before = logits_of(model)
     with torch.no_grad():
-        change(model)
+        CHANGES[change](model)
     calls.count = 0
     found = logits_of(model)
     assert calls.count == 8 * len(model.model.layers)
     assert not torch.allclose(found, before)
     assert_same(found, logits_of(plain(model)))
+
+
+@pytest.mark.parametrize("recipe", ["billm", "structured", "haar"])
+def test_it_follows_when_a_state_is_loaded(recipe: str, packed_dir: Callable[..., Path], calls: Calls) -> None:
+    """In place: addresses stay, what kernels have made of the tensors does not."""
+    model = AutoModelForCausalLM.from_pretrained(packed_dir("llama", **RECIPES[recipe]))
+    other = AutoModelForCausalLM.from_pretrained(packed_dir("llama", seed=1, **RECIPES[recipe]))
+    logits_of(model)
+    states = model.state_dict()
+    if all(states[name].shape == tensor.shape for name, tensor in other.state_dict().items()):
+        model.load_state_dict(other.state_dict())
+    else:  # other columns are salient
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                module.packed = other.get_submodule(name).packed
+    calls.count = 0
+    assert_same(logits_of(model), logits_of(plain(model)))
+    assert calls.count
 
 
 def test_a_copy_goes_its_own_way(packed_dir: Callable[..., Path], calls: Calls) -> None:
@@ -184,25 +215,69 @@ def test_a_copy_goes_its_own_way(packed_dir: Callable[..., Path], calls: Calls) 
     assert torch.equal(logits_of(model), before)
 
 
-def other_ways() -> Iterator[tuple[str, Callable[[PreTrainedModel], Any]]]:
-    yield "two sequences", lambda model: logits_of(model, batch=2)
-    yield "attentions", lambda model: logits_of(model, output_attentions=True)
-    yield "a mask", lambda model: logits_of(model, attention_mask=torch.zeros(1, 1, 1, 6), tokens=1)
-    yield "training", lambda model: logits_of(model.train())
-    yield "bfloat16", lambda model: logits_of(model.bfloat16())
-    yield "eager attention", lambda model: (model.set_attn_implementation("eager"), logits_of(model))
-    yield (
-        "a hook inside",
-        lambda model: (
-            model.model.layers[0].mlp.register_forward_hook(lambda *_: None),
-            model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda *_: None),
-            logits_of(model),
-        ),
-    )
-    yield "gradients", _with_gradients
+class Doubled(torch.nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
 
 
-def _with_gradients(model: PreTrainedModel) -> None:
+class OtherAttention(LlamaAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out, weights = super().forward(*args, **kwargs)
+        return 2 * out, weights
+
+
+class OtherCache(DynamicCache):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().update(key_states, 2 * value_states, *args, **kwargs)
+
+
+def eager_attention(model: PreTrainedModel) -> None:
+    model.set_attn_implementation("eager")
+    logits_of(model)
+
+
+def hooks_inside(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda *_: None)
+    logits_of(model)
+
+
+def parametrized_norms(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        parametrize.register_parametrization(layer.input_layernorm, "weight", Doubled())
+    logits_of(model)
+
+
+def other_norms(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        layer.input_layernorm = torch.nn.RMSNorm(72)
+    logits_of(model)
+
+
+def other_attention(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = OtherAttention
+    logits_of(model)
+
+
+@torch.no_grad()
+def another_cache(model: PreTrainedModel) -> None:
+    cache = OtherCache(config=model.config)
+    give_room(model, (), {"past_key_values": cache})
+    model(torch.tensor([[3, 4, 5]]), past_key_values=cache)
+    model(torch.tensor([[6]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def a_cache_set_up_and_empty(model: PreTrainedModel) -> None:
+    cache = DynamicCache(config=model.config)
+    give_room(model, (), {"past_key_values": cache})
+    for layer in cache.layers:
+        layer.lazy_initialization(torch.zeros(1, 6, 1, 12), torch.zeros(1, 6, 1, 12))
+    model(torch.tensor([[6]]), past_key_values=cache)
+
+
+def gradients(model: PreTrainedModel) -> None:
     cache = DynamicCache(config=model.config)
     give_room(model, (), {"past_key_values": cache})
     with torch.no_grad():
@@ -211,15 +286,24 @@ def _with_gradients(model: PreTrainedModel) -> None:
     assert model.model.layers[0].input_layernorm.weight.grad is not None
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, id=name) for name, way in other_ways()])
-def test_everything_else_goes_the_layers_own_way(
-    way: Callable[[PreTrainedModel], Any], packed_dir: Callable[..., Path], calls: Calls
-) -> None:
-    way(AutoModelForCausalLM.from_pretrained(packed_dir("llama")))
+OTHER_WAYS: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "two sequences": lambda model: logits_of(model, batch=2),
+    "attentions": lambda model: logits_of(model, output_attentions=True),
+    "a mask": lambda model: logits_of(model, attention_mask=torch.zeros(1, 1, 1, 6), tokens=1),
+    "training": lambda model: logits_of(model.train()),
+    "bfloat16": lambda model: logits_of(model.bfloat16()),
+    **{way.__name__: way for way in (eager_attention, hooks_inside, parametrized_norms, other_norms, other_attention)},
+    **{way.__name__: way for way in (another_cache, a_cache_set_up_and_empty, gradients)},
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_everything_else_goes_the_layers_own_way(way: str, packed_dir: Callable[..., Path], calls: Calls) -> None:
+    OTHER_WAYS[way](AutoModelForCausalLM.from_pretrained(packed_dir("llama")))
     assert calls.count == 0
 
 
-def test_hidden_states_are_captured(packed_dir: Callable[..., Path]) -> None:
+def test_captured_outputs_and_the_one_call_after_them(packed_dir: Callable[..., Path], calls: Calls) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed_dir("llama"))
     ids, states = torch.tensor([[3, 4, 5]]), []
     for one in (model, plain(model)):
@@ -230,6 +314,47 @@ def test_hidden_states_are_captured(packed_dir: Callable[..., Path]) -> None:
             states.append(one(ids[:, :1], past_key_values=cache, output_hidden_states=True).hidden_states)
     for found, wanted in zip(*states, strict=True):
         assert_same(found, wanted)
+    # transformers leaves its hooks where they are.
+    calls.count = 0
+    logits_of(model)
+    assert calls.count == 8 * len(model.model.layers)
+
+
+def test_what_is_offloaded_keeps_its_forward(packed_dir: Callable[..., Path], tmp_path: Path, calls: Calls) -> None:
+    directory = packed_dir("llama")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(directory, device_map=places, offload_folder=tmp_path)
+    assert_same(logits_of(model), logits_of(AutoModelForCausalLM.from_pretrained(directory)))
+    assert calls.count == 8 * 2  # of the other model
+
+
+def test_a_model_goes_when_nobody_has_it(packed_dir: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed_dir("llama"))
+    logits_of(model)
+    gc.collect()
+    gc.disable()
+    try:
+        layer = weakref.ref(model.model.layers[0])
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_head_that_is_looked_at(packed_dir: Callable[..., Path]) -> None:
+    head = AutoModelForCausalLM.from_pretrained(packed_dir("llama")).lm_head
+    x = torch.randn(1, 1, 72)
+    with torch.no_grad():
+        wanted = torch.nn.functional.linear(x, head.weight)
+        assert_same(torch.jit.trace(head, torch.zeros_like(x))(x), wanted)
+        assert_same(torch.jit.trace(head, torch.zeros_like(x))(x), wanted)
+        assert_same(torch.vmap(head)(x), wanted)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert head(mode.from_tensor(x)).shape == (1, 1, 300)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            head(x[..., :5])
 
 
 def test_a_single_token_is_where_a_cache_begins(packed_dir: Callable[..., Path]) -> None:

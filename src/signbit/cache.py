@@ -67,7 +67,8 @@ class RoomyLayer(DynamicLayer):
             return False
         if keys is self._returned[0] and values is self._returned[1]:
             return True  # nothing was replaced, nearly always; shapes take some microseconds to compare
-        return keys.shape[:2] == storage[0].shape[:2] and values.shape[:2] == storage[1].shape[:2]
+        pairs = (keys, storage[0]), (values, storage[1])
+        return all(own.shape[:2] == all_.shape[:2] and own.stride() == all_.stride() for own, all_ in pairs)
 
     def _move(self, like_keys: Tensor, like_values: Tensor, length: int, room: int) -> tuple[Tensor, Tensor]:
         moved = []

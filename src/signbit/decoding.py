@@ -7,12 +7,16 @@ layer gives, but for the rounding of sums.
 
 :func:`attach` gives the layers that are known another ``forward``, which takes that way when it can: one token of one
 sequence, on a CPU, in float32, without gradients, with a cache that has room (cache.py) and no mask. Anything else goes
-the layer's own way: prompts, batches, masks, hooks on the modules inside, torch.compile.
+the layer's own way: prompts, batches, masks, hooks on the modules inside, modules of other classes, torch.compile.
+
+C++ is given addresses. That they are still those of the layer's tensors is seen by looking for each token at which
+objects there are: what was replaced is another object, which the old one, being kept, cannot be mistaken for.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import sys
+import weakref
 from itertools import chain
 from typing import Any, cast
 
@@ -23,42 +27,72 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from signbit.cache import RoomyLayer
-from signbit.kernels import cpu
-from signbit.layouts.base import Watched
+from signbit.kernels import cpu, is_traced
 from signbit.modules import QuantizedLinear
 
-# Layers of one and the same structure; the last two may have norms of queries and keys, or biases.
+# Families whose layers have one and the same structure; there may be norms of queries and keys, and biases.
 _KNOWN = {
     f"transformers.models.{family}.modeling_{family}.{name}DecoderLayer"
     for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
 }
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
+# transformers puts hooks on attention when outputs are captured for the first time, and leaves them there.
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Let the layers of ``model`` that are known, and a dense head, take one token in one call."""
+    """Let the layers of ``model`` that are known, and a dense head, take one token in one call.
+
+    Whatever has a forward of its own already, as accelerate gives to what it offloads, keeps it.
+    """
     for layer in model.modules():
-        if f"{type(layer).__module__}.{type(layer).__qualname__}" in _KNOWN:
+        if f"{type(layer).__module__}.{type(layer).__qualname__}" in _KNOWN and "forward" not in layer.__dict__:
             layer.forward = LayerForward(layer)
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        head.forward = partial(_head_forward, head)  # type: ignore[method-assign]
+    if type(head) is nn.Linear and "forward" not in head.__dict__:
+        head.forward = HeadForward(head)  # type: ignore[assignment, method-assign]
 
 
-def _head_forward(head: nn.Linear, hidden_states: Tensor) -> Tensor:
-    """Rows of the dense head are read as fast as memory gives them, which torch's product for one token does not do."""
-    if _is_one_token(hidden_states) and head._parameters["bias"] is None and _is_plain(head.weight):
-        return cpu.dense_product(hidden_states, head.weight)
-    return nn.Linear.forward(head, hidden_states)
+class _Forward:
+    """A ``forward`` of one module, which it does not keep alive, and whose copies' is their own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    @property
+    def module(self) -> Any:
+        return self._module()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module,)
 
 
-def _is_one_token(x: Tensor) -> bool:
+class HeadForward(_Forward):
+    """Rows of a dense head are read as fast as memory gives them, which torch's product for one token does not do."""
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        head = self.module
+        weight, bias = head._parameters.get("weight"), head._parameters.get("bias")
+        if (
+            weight is not None
+            and bias is None
+            and _is_one_token(hidden_states, weight.shape[-1])
+            and _is_plain(weight)
+            and weight.numel()
+        ):
+            return cpu.dense_product(hidden_states, weight)
+        return nn.Linear.forward(head, hidden_states)
+
+
+def _is_one_token(x: Tensor, width: int) -> bool:
     return (
-        x.shape[:-1].numel() == 1
+        not is_traced(x)
+        and x.shape[:-1].numel() == 1
+        and x.shape[-1] == width
         and x.is_cpu
         and x.dtype == torch.float32
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not x.is_neg()
         and cpu.instruction_set() is not None
     )
 
@@ -67,16 +101,12 @@ def _is_plain(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()
 
 
-class LayerForward:
-    """The ``forward`` of one decoder layer."""
+class LayerForward(_Forward):
+    """The ``forward`` of a decoder layer."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self._parts: _Parts | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What is made of addresses does not go along with a copy.
-        return {"layer": self.layer, "_parts": None}
+        super().__init__(layer)
+        self._made: tuple[list[Any], _Decoder | None] | None = None
 
     def __call__(
         self,
@@ -88,15 +118,16 @@ class LayerForward:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **others: Any,
     ) -> Any:
-        layer = self.layer
+        layer = self.module
         if (
             attention_mask is None
             and position_embeddings is not None
             and isinstance(past_key_values, DynamicCache)
-            and _is_one_token(hidden_states)
+            and type(past_key_values).update is DynamicCache.update
             and not layer.training
             and not others.get("output_attentions")
-            and (decoder := self._decoder()) is not None
+            and (decoder := self._decoder(layer)) is not None
+            and _is_one_token(hidden_states, decoder.width)
             and (y := decoder.step(hidden_states, position_embeddings, past_key_values)) is not None
         ):
             return y
@@ -111,59 +142,86 @@ class LayerForward:
             **others,
         )
 
-    def _decoder(self) -> _Decoder | None:
-        """The layer as C++ knows it, if that can be: as it is now."""
-        parts = self._parts
-        if parts is None or not parts.are_those_of(self.layer):
-            parts = self._parts = _Parts(self.layer)
-        return None if parts.are_watched() else parts.decoder()
+    def _decoder(self, layer: Any) -> _Decoder | None:
+        """The layer as C++ knows it, as it is now; None if that cannot be."""
+        modules = layer._modules
+        held = modules, modules["self_attn"]._modules, modules["mlp"]._modules
+        inside = [*chain.from_iterable(map(dict.values, held))]
+        if _are_watched(inside):
+            return None
+        state = _state_of(layer, inside)
+        if self._made is None or self._made[0] != state:
+            possible = _is_known(layer) and _has_kernels(inside)
+            # Looked at again, since kernels may have been prepared.
+            self._made = _state_of(layer, inside), _Decoder(layer) if possible else None
+        return self._made[1]
 
 
-class _Parts:
-    """The modules inside of a layer, and what was made of them."""
+def _are_watched(inside: list[nn.Module]) -> bool:
+    """Whether anybody has put hooks on modules that would not run, or another forward."""
+    if _has_any_global_hook() or any("forward" in module.__dict__ for module in inside):
+        return True
+    hooks = [
+        hook for m in inside for kind in (m._forward_hooks, m._forward_pre_hooks) if kind for hook in kind.values()
+    ]
+    return bool(hooks) and (_is_capturing() or any(hook.__module__ != _CAPTURING for hook in hooks))
 
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-        self.holders = [layer._modules, layer.self_attn._modules, layer.mlp._modules]
-        self.ids = self._ids()
-        self.modules = [cast(nn.Module, module) for held in self.holders for module in held.values()]
-        self.linears = [module for module in self.modules if isinstance(module, QuantizedLinear)]
-        self.parameters = [module._parameters for module in self.modules if module._parameters]
-        self.hooks = [hooks for m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.made: tuple[int, list[int], list[int], _Decoder | None] | None = None
 
-    def _ids(self) -> list[int]:
-        return [*map(id, chain.from_iterable(map(dict.values, self.holders)))]
+def _is_capturing() -> bool:
+    """Whether transformers is capturing outputs right now, as far as can be told."""
+    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
+    return collector is None or bool(collector.get())
 
-    def are_those_of(self, layer: nn.Module) -> bool:
-        return self.ids == self._ids()
 
-    def are_watched(self) -> bool:
-        """Whether anybody has put hooks on a module that would not run, or another forward."""
-        return _has_any_global_hook() or any(self.hooks) or any("forward" in m.__dict__ for m in self.modules)
+def _state_of(layer: Any, inside: list[nn.Module]) -> list[Any]:
+    """What a :class:`_Decoder` is made of: it is good as long as this is the same."""
+    attention = layer.self_attn.__dict__
+    state = [attention.get("layer_idx"), attention.get("head_dim"), attention.get("scaling")]
+    state.append(attention["config"]._attn_implementation)
+    for module in inside:
+        state.append(id(module))
+        if type(module) is QuantizedLinear:
+            packed = cast(nn.Module, module._modules["packed"])
+            state += (id(packed), id(packed.__dict__.get("prepared")), module.int8)
+            state += map(id, packed._buffers.values())
+        elif "variance_epsilon" in module.__dict__:
+            state.append(module.__dict__["variance_epsilon"])
+        # A cast of a model puts other memory into the same parameters.
+        state += [parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None]
+    return state
 
-    def decoder(self) -> _Decoder | None:
-        """Made anew when a tensor is not where it was, or a linear takes its inputs otherwise."""
-        dense = [p.data_ptr() for held in self.parameters for p in held.values() if p is not None]
-        made = self.made
-        changes = Watched.changes
-        if made is not None and made[0] == changes and made[1] == dense:
-            return made[3]
-        packed = [int(one.int8) for one in self.linears]
-        packed += [tensor.data_ptr() for one in self.linears for tensor in one.packed.buffers()]
-        same = made is not None and made[1:3] == (dense, packed)
-        decoder = made[3] if same and made is not None else _Decoder(self.layer) if self._have_kernels() else None
-        self.made = changes, dense, packed, decoder
-        return decoder
 
-    def _have_kernels(self) -> bool:
-        return (
-            all(type(one) is nn.Linear or isinstance(one, QuantizedLinear) for one in _linears_of(self.layer))
-            and all(cpu.has_kernel(one.packed) for one in self.linears)
-            and all(_is_plain(p) for held in self.parameters for p in held.values() if p is not None)
-            and isinstance(self.layer.mlp.act_fn, _SILU)
-            and self.layer.self_attn.config._attn_implementation == "sdpa"
-        )
+def _is_known(layer: Any) -> bool:
+    """Whether everything inside is of the classes, and has the widths, that such a layer is made with."""
+    attention, mlp = layer.self_attn, layer.mlp
+    prefix = type(layer).__qualname__.removesuffix("DecoderLayer")
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    classes = [(attention, "Attention"), (mlp, "MLP"), *((norm, "RMSNorm") for norm in norms)]
+    if any(
+        (type(m).__module__, type(m).__qualname__) != (type(layer).__module__, prefix + name) for m, name in classes
+    ):
+        return False
+    if any(type(one) not in (nn.Linear, QuantizedLinear) for one in _linears_of(layer)):
+        return False
+    width, inner, features = len(layer.input_layernorm.weight), mlp.gate_proj.out_features, attention.head_dim
+    queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
+    shapes = [(one.out_features, one.in_features) for one in _linears_of(layer)]
+    wanted = [(queries, width), (keys, width), (keys, width), (width, queries)]
+    wanted += [(inner, width), (inner, width), (width, inner)]
+    return (
+        shapes == wanted
+        and [len(norm.weight) for norm in norms] == [width, width, features, features][: len(norms)]
+        and queries % keys == keys % features == features % 2 == 0
+        and type(mlp.act_fn) in _SILU
+        and attention.config._attn_implementation == "sdpa"
+    )
+
+
+def _has_kernels(inside: list[nn.Module]) -> bool:
+    parameters = [p for module in inside for p in module._parameters.values() if p is not None]
+    packed = [cast(Any, module).packed for module in inside if type(module) is QuantizedLinear]
+    return all(map(_is_plain, parameters)) and all(map(cpu.has_kernel, packed))
 
 
 def _linears_of(layer: Any) -> list[Any]:
@@ -177,6 +235,7 @@ class _Decoder:
 
     def __init__(self, layer: Any) -> None:
         attention = layer.self_attn
+        self.width = len(layer.input_layernorm.weight)
         self._index: int = attention.layer_idx
         self._features: int = attention.head_dim
         self._key_heads: int = attention.k_proj.out_features // self._features
@@ -200,7 +259,7 @@ class _Decoder:
 
     def _linear(self, linear: Any) -> Any:
         biases = [] if linear.bias is None else [linear.bias.data.unsqueeze(1)]
-        if not isinstance(linear, QuantizedLinear):
+        if type(linear) is nn.Linear:
             matrix = cpu.dense(linear.weight)
             self._kept += [matrix, linear.weight.data, biases]
             return cpu.native.Linear([[matrix]], False, False, [cpu.coefficients(bias) for bias in biases])
@@ -209,7 +268,7 @@ class _Decoder:
         assert chains is not None
         if packed.spec.bias:
             biases.insert(0, packed.get_buffer("bias").unsqueeze(1))
-        self._kept += [packed.prepared, [*packed.buffers()], biases]
+        self._kept += [packed, packed.prepared, [*packed.buffers()], biases]
         matrices = [[matrix for matrix, _ in chain] for chain in chains]
         return cpu.native.Linear(matrices, linear.int8, packed.spec.norm, [cpu.coefficients(bias) for bias in biases])
 
@@ -221,11 +280,12 @@ class _Decoder:
             return None
         keys, values = own.keys, own.values
         assert keys is not None and values is not None
-        batch, heads, _, features = keys.shape
-        if (batch, heads, features) != (1, self._key_heads, self._features) or keys.shape != values.shape:
+        shape, (cosines, sines) = keys.shape, position
+        if len(shape) != 4 or (shape[0], shape[1], shape[3]) != (1, self._key_heads, self._features):
             return None
-        cosines, sines = position
-        if keys.dtype != torch.float32 or cosines.dtype != torch.float32 or cosines.shape[-1] != features:
+        if values.shape != shape or cosines.shape[-1] != self._features or cosines.shape != sines.shape:
+            return None
+        if any(one.dtype != torch.float32 or not one.is_cpu for one in (keys, values, cosines, sines)):
             return None
         keys, values, tokens = own.grow(keys, values, 1)
         x, cosines, sines = x.contiguous(), cosines.contiguous(), sines.contiguous()

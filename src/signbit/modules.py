@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from signbit import kernels
 from signbit.errors import SignbitError
 from signbit.layouts import Integers, Layout, LayoutSpec
-from signbit.layouts.base import Watched
 
 
-class QuantizedLinear(Watched):
+class QuantizedLinear(nn.Module):
     """``y = x W^T + b`` with a packed W. Checkpoint names: ``<module>.packed.<tensor>`` and ``<module>.bias``."""
 
     bias: nn.Parameter | None

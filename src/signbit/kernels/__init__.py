@@ -15,7 +15,18 @@ from torch import Tensor
 from signbit.kernels import cpu, dispatch, operator, reference
 from signbit.layouts.base import Layout
 
-__all__ = ["cpu", "matmul", "reference"]
+__all__ = ["cpu", "is_traced", "matmul", "reference"]
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether it is looked at what is computed with x, so that nothing may be computed behind torch's back."""
+    return (
+        type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0  # modes: fake tensors, make_fx, counters of operations
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap and the like
+    )
 
 
 def matmul(x: Tensor, layout: Layout, int8: bool = False) -> Tensor:
@@ -26,7 +37,6 @@ def matmul(x: Tensor, layout: Layout, int8: bool = False) -> Tensor:
     A compiled or exported model, and whoever wants gradients, meets one operator. Everybody else skips torch's
     dispatcher, which would take longer than the product with a small matrix.
     """
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or type(x) is not Tensor
-    if traced or (x.requires_grad and torch.is_grad_enabled()):
+    if is_traced(x) or (x.requires_grad and torch.is_grad_enabled()):
         return operator.matmul(x, list(layout.buffers()), layout.description, int8)
     return dispatch.matmul(x, layout, int8)

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,24 +86,7 @@ class LayoutSpec:
         return spec
 
 
-class Watched(nn.Module):
-    """A module that counts what is set on any of its kind: whoever keeps addresses of tensors knows when to look again.
-
-    What is done to tensors themselves, ``tensor.data = other``, is not seen.
-    """
-
-    changes = 0
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        Watched.changes += 1
-        super().__setattr__(name, value)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        Watched.changes += 1
-        return super()._apply(fn, recurse)
-
-
-class Layout(Watched):
+class Layout(nn.Module):
     """A compressed matrix ``[out, in]``: the buffers that its spec names, and nothing else.
 
     Subclasses set ``kind`` (the name in config.json) and ``Spec``, and define :meth:`dequantize` and
@@ -211,7 +194,7 @@ class Layout(Watched):
         """Bytes by heading; their sum is what the matrix takes in the checkpoint."""
         return count_items(self.spec)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layout:
         # model.half() and the like change what a model computes in, not what a checkpoint stores: tensors of a layout
         # follow to the new device and keep their dtype.
         def keep_dtype(tensor: Tensor) -> Tensor:
