@@ -173,22 +173,25 @@ def _is_capturing() -> bool:
     return collector is None or bool(collector.get())
 
 
-def _state_of(layer: Any, inside: list[nn.Module]) -> list[Any]:
+def _state_of(layer: Any, inside: list[Any]) -> list[Any]:
     """What a :class:`_Decoder` is made of: it is good as long as this is the same."""
-    attention = layer.self_attn.__dict__
-    state = [attention.get("layer_idx"), attention.get("head_dim"), attention.get("scaling")]
-    state.append(attention["config"]._attn_implementation)
-    for module in inside:
-        state.append(id(module))
-        if type(module) is QuantizedLinear:
-            packed = cast(nn.Module, module._modules["packed"])
-            state += (id(packed), id(packed.__dict__.get("prepared")), module.int8)
-            state += map(id, packed._buffers.values())
-        elif "variance_epsilon" in module.__dict__:
-            state.append(module.__dict__["variance_epsilon"])
+    attention = layer._modules["self_attn"].__dict__
+    linears = [module for module in inside if type(module) is QuantizedLinear]
+    packed: list[Any] = [linear._modules["packed"] for linear in linears]
+    return [
+        attention.get("layer_idx"),
+        attention.get("head_dim"),
+        attention.get("scaling"),
+        attention["config"]._attn_implementation,
+        *map(id, inside),
+        *[module.__dict__.get("variance_epsilon") for module in inside],
+        *[linear.int8 for linear in linears],
+        *map(id, packed),
+        *[id(one.__dict__.get("prepared")) for one in packed],
+        *map(id, chain.from_iterable([one._buffers.values() for one in packed])),
         # A cast of a model puts other memory into the same parameters.
-        state += [parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None]
-    return state
+        *[p.data_ptr() for module in inside for p in module._parameters.values() if p is not None],
+    ]
 
 
 def _is_known(layer: Any) -> bool:
