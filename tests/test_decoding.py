@@ -20,6 +20,7 @@ from signbit import decoding
 from signbit.cache import give_room
 from signbit.kernels import cpu
 from signbit.modules import QuantizedLinear, set_activations
+from signbit.serving.rows import BatchedRows, Forward
 
 pytestmark = pytest.mark.skipif(cpu.instruction_set() is None, reason="needs the C++ kernels")
 
@@ -301,6 +302,30 @@ OTHER_WAYS: dict[str, Callable[[PreTrainedModel], Any]] = {
 def test_everything_else_goes_the_layers_own_way(way: str, packed_dir: Callable[..., Path], calls: Calls) -> None:
     OTHER_WAYS[way](AutoModelForCausalLM.from_pretrained(packed_dir("llama")))
     assert calls.count == 0
+
+
+@torch.inference_mode()
+def test_a_server_takes_it_for_a_lone_answer(packed_dir: Callable[..., Path], calls: Calls) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed_dir("llama"))
+    found = []
+    for one in (model, plain(model)):
+        forward = Forward(one)
+        rows = BatchedRows(forward, 3)
+        logits = []
+        for joining in ([4, 5, 6, 7, 8], [9, 10]):  # a second one comes, and the first one leaves
+            cache = forward.new_cache()
+            forward.read(joining, cache, 0)
+            calls.count = 0
+            rows.join(cache, len(joining), 1)
+            for token in range(3):
+                logits.append(rows.step([20 + token] * len(rows.lengths)))
+            assert calls.count == (3 * len(one.model.layers) if one is model and len(rows.lengths) == 1 else 0)
+        rows.leave(0)
+        logits += [rows.step([30]), rows.step([31])]
+        assert rows.lengths == [7]
+        found.append(torch.cat(logits))
+    assert calls.count == 0
+    assert_same(*found)
 
 
 def test_captured_outputs_and_the_one_call_after_them(packed_dir: Callable[..., Path], calls: Calls) -> None:

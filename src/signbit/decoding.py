@@ -6,8 +6,9 @@ Llama 2 7B, and most of it in small models. Here it is one call of C++ (kernels/
 layer gives, but for the rounding of sums.
 
 :func:`attach` gives the layers that are known another ``forward``, which takes that way when it can: one token of one
-sequence, on a CPU, in float32, without gradients, with a cache that has room (cache.py) and no mask. Anything else goes
-the layer's own way: prompts, batches, masks, hooks on the modules inside, modules of other classes, torch.compile.
+sequence, on a CPU, in float32, without gradients, without a mask, and with a cache that says where the token goes
+(``grow``, cache.py). Anything else goes the layer's own way: prompts, batches, masks, hooks on the modules inside,
+modules of other classes, torch.compile.
 
 C++ is given addresses. That they are still those of the layer's tensors is seen by looking for each token at which
 objects there are: what was replaced is another object, which the old one, being kept, cannot be mistaken for.
@@ -26,7 +27,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from signbit.cache import RoomyLayer
 from signbit.kernels import cpu, is_traced
 from signbit.modules import QuantizedLinear
 
@@ -276,13 +276,13 @@ class _Decoder:
         return cpu.native.Linear(matrices, linear.int8, packed.spec.norm, [cpu.coefficients(bias) for bias in biases])
 
     def step(self, x: Tensor, position: tuple[Tensor, Tensor], cache: DynamicCache) -> Tensor | None:
-        """The layer's output for x [1, 1, width]; None if the cache is none of ours."""
+        """The layer's output for x [1, 1, width]; None if the cache's layers do not say where a token goes."""
         layers = cache.layers
-        own = layers[self._index] if self._index < len(layers) else None
-        if type(own) is not RoomyLayer or not own.is_initialized:
+        own: Any = layers[self._index] if self._index < len(layers) else None
+        # A class that has inherited it may have another way of taking tokens in.
+        if "grow" not in type(own).__dict__ or not own.is_initialized:
             return None
         keys, values = own.keys, own.values
-        assert keys is not None and values is not None
         shape, (cosines, sines) = keys.shape, position
         if len(shape) != 4 or (shape[0], shape[1], shape[3]) != (1, self._key_heads, self._features):
             return None

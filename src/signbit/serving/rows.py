@@ -162,6 +162,12 @@ class _Layer(DynamicLayer):
             seen.append(storage[: self._rows, :, self._start : self._end + 1])
         return seen[0], seen[1]
 
+    def grow(self, like_keys: Tensor, like_values: Tensor, tokens: int) -> tuple[Tensor, Tensor, int]:
+        """As RoomyLayer's: where the one token of a step goes (decoding.py)."""
+        assert self.storage is not None
+        keys, values = (one[: self._rows, :, self._start :] for one in self.storage)
+        return keys, values, self._end - self._start
+
 
 class BatchedRows:
     """Up to ``capacity`` sequences in one cache and one forward."""
