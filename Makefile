@@ -21,7 +21,7 @@ format: .venv/.stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The tests of the kernels again, with every access to memory checked. The extension is built a second time for it, and
+# The tests of the kernels and of decoding again, with every access to memory checked. The extension is built a second time for it, and
 # found without site-packages' hooks (-S), which would lead to the first one.
 sanitize: .venv/.stamp-dev
 	rm -rf build/sanitize
@@ -29,7 +29,7 @@ sanitize: .venv/.stamp-dev
 	    -C cmake.define.SIGNBIT_SANITIZE=ON .
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	    PYTHONPATH=build/sanitize:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
-	    $(BIN)/python -S -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py
+	    $(BIN)/python -S -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py tests/test_decoding.py
 
 # The kernels for ARM, compiled and run on another machine: needs g++-aarch64-linux-gnu and qemu-user.
 neon:

@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "decoder.h"
 #include "dispatch.h"
 #include "matrices.h"
 
@@ -71,10 +72,81 @@ void run(const Isa& isa, const Case& c) {
     }
 }
 
+// What lies between the products of a decoder layer, and rows of floats.
+void run_steps(const Isa& isa, int64_t features, int64_t tokens) {
+    std::mt19937 random(static_cast<unsigned>(features + tokens));
+    std::normal_distribution<float> normal;
+    const auto some = [&](int64_t count) {
+        std::vector<float> values(static_cast<size_t>(count));
+        for (float& value : values) value = 2 * normal(random);
+        return values;
+    };
+    const auto compare = [&](const char* what, const std::vector<float>& found, const std::vector<double>& wanted) {
+        double worst = 0, size = 1e-30;
+        for (size_t i = 0; i < wanted.size(); i++) {
+            worst = std::max(worst, std::abs(found[i] - wanted[i]));
+            size = std::max(size, std::abs(wanted[i]));
+        }
+        const bool good = worst <= 3e-6 * size;
+        ++(good ? passed : failed);
+        if (!good) {
+            std::printf("%s: %s of %lld features, %lld tokens: off by %g\n", isa.name, what,
+                        static_cast<long long>(features), static_cast<long long>(tokens), worst / size);
+        }
+    };
+    const std::vector<float> q = some(features), weight = some(features);
+    std::vector<float> y(q.size());
+    std::vector<double> wanted(q.size());
+
+    double squares = 0;
+    for (const float value : q) squares += static_cast<double>(value) * value;
+    isa.decoder.rms_norm(q.data(), {weight.data(), 0.01f}, features, y.data());
+    for (size_t i = 0; i < q.size(); i++) {
+        wanted[i] = q[i] / std::sqrt(squares / static_cast<double>(features) + 0.01f) * weight[i];
+    }
+    compare("rms_norm", y, wanted);
+
+    std::vector<float> gate = q;
+    gate[0] = -200.0f;
+    for (size_t i = 0; i < q.size(); i++) {
+        wanted[i] = gate[i] / (1 + std::exp(-static_cast<double>(gate[i]))) * weight[i];
+    }
+    isa.decoder.silu_times(gate.data(), weight.data(), features);
+    compare("silu_times", gate, wanted);
+
+    const std::vector<float> keys = some(tokens * features), values = some(tokens * features);
+    std::vector<float> room(static_cast<size_t>(tokens));
+    std::vector<double> scores(room.size());
+    isa.decoder.attend(q.data(), keys.data(), values.data(), tokens, features, 0.3f, room.data(), y.data());
+    double total = 0, largest = -1e30;
+    for (size_t t = 0; t < scores.size(); t++) {
+        for (size_t i = 0; i < q.size(); i++) scores[t] += 0.3f * static_cast<double>(q[i]) * keys[t * q.size() + i];
+        largest = std::max(largest, scores[t]);
+    }
+    for (double& score : scores) total += score = std::exp(score - largest);
+    std::fill(wanted.begin(), wanted.end(), 0.0);
+    for (size_t t = 0; t < scores.size(); t++) {
+        for (size_t i = 0; i < q.size(); i++) wanted[i] += scores[t] / total * values[t * q.size() + i];
+    }
+    compare("attend", y, wanted);
+
+    std::vector<float> products(room.size());
+    const auto matrix = dense(tokens, features, keys.data());
+    multiply(*matrix, isa, q.data(), products.data(), Scalar::f32, 1, false, 2);
+    for (size_t t = 0; t < scores.size(); t++) {
+        scores[t] = 0;
+        for (size_t i = 0; i < q.size(); i++) scores[t] += static_cast<double>(q[i]) * keys[t * q.size() + i];
+    }
+    compare("dense", products, scores);
+}
+
 }  // namespace
 
 int main() {
     for (const Isa* isa : instruction_sets()) {
+        for (const int64_t features : {1, 12, 64, 100, 128, 577}) {
+            for (const int64_t tokens : {1, 7, 300}) run_steps(*isa, features, tokens);
+        }
         for (const int64_t n : {1, 5, 33, 200}) {
             for (const int64_t m : {1, 100, 576, 4097}) {
                 for (const int64_t group_size : {0, 7, 32, 100, 128}) {
