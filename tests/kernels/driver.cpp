@@ -87,7 +87,7 @@ void run_steps(const Isa& isa, int64_t features, int64_t tokens) {
             worst = std::max(worst, std::abs(found[i] - wanted[i]));
             size = std::max(size, std::abs(wanted[i]));
         }
-        const bool good = worst <= 3e-6 * size;
+        const bool good = worst <= 1e-5 * size;
         ++(good ? passed : failed);
         if (!good) {
             std::printf("%s: %s of %lld features, %lld tokens: off by %g\n", isa.name, what,
