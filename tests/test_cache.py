@@ -100,15 +100,18 @@ class OnCpu(nn.Module):
     device = torch.device("cpu")
 
 
-def test_only_plain_empty_layers_are_given_room() -> None:
+def test_only_plain_layers_are_given_room() -> None:
     used, window = DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=8)
     used.update(*states(2, 0))
     cache = DynamicCache()
     cache.layers = [used, window, DynamicLayer()]
     give_room(OnCpu(), (), {"past_key_values": cache})
-    assert [type(layer) for layer in cache.layers] == [DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer]
+    assert [type(layer) for layer in cache.layers] == [RoomyLayer, DynamicSlidingWindowLayer, RoomyLayer]
     assert cache.layer_class_to_replicate is RoomyLayer
     give_room(OnCpu(), (), {"past_key_values": None})
+    # What was in it still is.
+    feed([used, cache.layers[0]], 1, 1)
+    feed([used, cache.layers[0]], 3, 2)
 
 
 def test_a_cache_that_has_room_is_let_through_without_a_look_at_the_model() -> None:

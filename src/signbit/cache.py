@@ -83,19 +83,22 @@ class RoomyLayer(DynamicLayer):
 
 
 def give_room(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: layers of a dynamic cache that nothing was written to yet get room.
+    """A forward pre-hook: plain layers of a dynamic cache get room.
 
-    ``generate`` makes a dynamic cache of its own, which nobody can choose from outside; so it is met on its way in.
+    ``generate`` makes a dynamic cache of its own, which nobody can choose from outside; so it is met on its way in. In
+    early versions of transformers 5 that is on the way of the second token, with the prompt in it.
     """
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, DynamicCache):
         return
-    empty = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and not layer.is_initialized]
+    plain = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
     growing = cache.layer_class_to_replicate is DynamicLayer
     # Asked last: to find its device, a module looks for its first parameter, which takes it 30 microseconds a token.
-    if not (empty or growing) or module.device.type != "cpu":
+    if not (plain or growing) or module.device.type != "cpu":
         return
     if growing:
         cache.layer_class_to_replicate = RoomyLayer
-    for index in empty:
-        cache.layers[index] = RoomyLayer()
+    for index in plain:
+        roomy = RoomyLayer()
+        roomy.__dict__.update(cache.layers[index].__dict__)
+        cache.layers[index] = roomy
