@@ -629,7 +629,7 @@ def test_an_instruction_set_is_forced_by_the_environment() -> None:
 
 
 def test_without_kernels_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_native", None)
+    monkeypatch.setattr(cpu, "native", None)
     cpu._available.cache_clear()
     layout, x = MAKERS["sign"](16, 100), random(1, 100)
     try:
