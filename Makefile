@@ -21,14 +21,15 @@ format: .venv/.stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The tests of the kernels and of decoding again, with every access to memory checked. The extension is built a second time for it, and
-# found without site-packages' hooks (-S), which would lead to the first one. The sanitizer looks for what throws
-# exceptions when it is loaded: libstdc++ must be there by then.
+# The tests of the kernels and of decoding again, with every access to memory checked. The extension is built a second
+# time for it, and found without site-packages' hooks (-S), which would lead to the first one. The sanitizer looks for
+# what throws exceptions when it is loaded: libstdc++ must be there by then.
 sanitize: .venv/.stamp-dev
 	rm -rf build/sanitize
 	$(INSTALL) --quiet --no-deps --no-build-isolation --target build/sanitize \
 	    -C cmake.define.SIGNBIT_SANITIZE=ON .
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	    PYTHONPATH=build/sanitize:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 	    $(BIN)/python -S -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py tests/test_decoding.py
 
