@@ -3,7 +3,7 @@
 //     h = x + O attention(rotated Q n(x), K n(x), V n(x))        y = h + D (silu(G m(h)) * U m(h))
 //
 // n, m: root mean square norms. Between products of one token there is little to compute, but in torch each of the small
-// steps is an operator, some 40 a layer, which for packed weights take as long as a third of the products. Here they are loops.
+// steps is an operator, some 40 a layer, which take half as long as products with packed weights. Here they are loops.
 
 #pragma once
 
