@@ -2,7 +2,8 @@
 
 reference.py   torch: any layout, device and dtype
 cpu/           C++, for CPUs
-triton/        Triton, for CUDA; imported by the first product there
+cuda/          CUDA C++, for a few tokens on NVIDIA's GPUs
+triton/        Triton, for all else there; imported by the first product that needs it
 dispatch.py    which of them
 operator.py    the same as an operator of torch, for compiled and exported models, and for gradients
 """
@@ -12,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from signbit.kernels import cpu, dispatch, operator, reference
+from signbit.kernels import cpu, cuda, dispatch, operator, reference
 from signbit.layouts.base import Layout
 
-__all__ = ["cpu", "is_traced", "matmul", "reference"]
+__all__ = ["cpu", "cuda", "is_traced", "matmul", "reference"]
 
 
 def is_traced(x: Tensor) -> bool:

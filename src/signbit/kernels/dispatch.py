@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from signbit.kernels import cpu, reference
+from signbit.kernels import cpu, cuda, reference
 from signbit.layouts import Integers, Layout, Partial
 
 # Tokens from which on unpacking is faster, between batches that were timed (16, 128, 512, 1024; AVX-512, 2 threads).
@@ -23,19 +22,23 @@ def matmul(x: Tensor, layout: Layout, int8: bool) -> Tensor:
 
     With activations in 8 bits a kernel is taken however many tokens there are: results do not depend on how many come
     together, but for the rounding of sums and, in layouts with salient columns, of these columns' activations, which
-    one or two tokens share a step for otherwise than more do. The kernels for GPUs take activations as they are, and
-    are asked only with SIGNBIT_TRITON=1: they are tested in Triton's interpreter, and have not run on a GPU yet.
+    one or two tokens share a step for otherwise than more do. The kernels for GPUs take activations as they are.
     """
     if x.is_cuda:
-        kernels = triton_kernels() if os.environ.get("SIGNBIT_TRITON") == "1" else None
-        y = None if kernels is None else kernels.matmul(x, layout)
-        return reference.matmul(x, layout) if y is None else y
+        return _matmul_on_gpu(x, layout)
     most = _SWITCH_OVER.get(type(layout))
     if most is None or int8 or x.shape[:-1].numel() < most:
         y = cpu.matmul(x, layout, int8)
         if y is not None:
             return y
     return reference.matmul(x, layout)
+
+
+def _matmul_on_gpu(x: Tensor, layout: Layout) -> Tensor:
+    y = cuda.matmul(x, layout)
+    if y is None and (others := triton_kernels()) is not None:
+        y = others.matmul(x, layout)
+    return reference.matmul(x, layout) if y is None else y
 
 
 @cache

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from signbit.errors import SignbitError
+from signbit.kernels.prepared import prepared
 from signbit.layouts.base import Layout
 from signbit.layouts.haar_planes import HaarPlanes
 from signbit.layouts.integers import Integers
@@ -146,17 +147,15 @@ def chains_of(layout: Layout) -> list[list[tuple[Any, int]]] | None:
 
     They live as long as ``layout.prepared``.
     """
-    addresses = [tensor.data_ptr() for tensor in layout._buffers.values()]  # type: ignore[union-attr]
-    prepared = layout.prepared
-    if prepared is None or prepared[0] != addresses:
-        # Chains may be made of tensors of their own, which are kept along with what points to them.
-        chains = layout.chains() if layout.device.type == "cpu" and _available() else []
-        matrices = [[(_prepare(part), part.shape[0]) for part in chain] for chain in chains]
-        complete = bool(matrices) and all(matrix is not None for chain in matrices for matrix, _ in chain)
-        own = [part for chain in chains for part in chain if part is not layout]
-        layout.prepared = prepared = (addresses, matrices if complete else None, own)
-    found: list[list[tuple[Any, int]]] | None = prepared[1]
-    return found
+    return prepared(layout, "cpu", lambda: _chains(layout))[0]
+
+
+def _chains(layout: Layout) -> tuple[list[list[tuple[Any, int]]] | None, list[Layout]]:
+    """Those, and the layouts that chains made of tensors of their own: these are kept along with what points to them."""
+    chains = layout.chains() if layout.device.type == "cpu" and _available() else []
+    matrices = [[(_prepare(part), part.shape[0]) for part in chain] for chain in chains]
+    complete = bool(matrices) and all(matrix is not None for chain in matrices for matrix, _ in chain)
+    return (matrices if complete else None), [part for chain in chains for part in chain if part is not layout]
 
 
 def _prepare(layout: Layout) -> Any:

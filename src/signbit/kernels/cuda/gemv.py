@@ -1,0 +1,187 @@
+"""Up to eight tokens times a packed matrix by gemv.cu: what it is compiled with for a layout, and how it is started.
+
+A layout gives its own file, macros and tensors (``Packed``). For the activations at hand (how many, their dtype) and the
+matrix's shape a ``Tiling`` is chosen; each combination is compiled once, and kept (nvrtc.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from signbit.kernels.cuda.nvrtc import Bound, Kernel, compiled
+
+COLUMNS = 8  # of a tensor core's operand: tokens, in their sets and parts
+_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+# Shared memory that a block may have: all of a multiprocessor's but 1 KiB; of other architectures what sm_86 has.
+_SHARED = {"sm_80": 163 << 10, "sm_87": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+_LEAST_SHARED = 99 << 10
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """16 * row_tiles rows a block, of which each of ``warps`` warps takes steps of 4 * words words."""
+
+    row_tiles: int
+    words: int
+    warps: int
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.row_tiles
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed matrix as gemv.cu is given it.
+
+    name: of the layout's file. bits: of a field. sets, terms: as the file has them. group_size: columns that share
+    coefficients, 0 for whole rows. width: words of a row. groups: coefficients of a row. tensors: pointers and numbers,
+    in the order of the file's ``Tensors``, kept alive here. macros: what else the file asks for. parts: whether
+    activations are multiplied by what makes them wider than 16 bits.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    sets: int
+    terms: int
+    group_size: int
+    width: int
+    groups: int
+    scales: torch.dtype
+    tensors: Sequence[Tensor | int]
+    macros: Mapping[str, Any]
+    wide: bool = False
+    started: dict[Any, Bound] = field(default_factory=dict, compare=False)
+
+    def struct(self) -> Any:
+        """``Tensors`` in memory: eight bytes each."""
+        values = [one.data_ptr() if isinstance(one, Tensor) else one for one in self.tensors]
+        return (ctypes.c_int64 * len(values))(*values)
+
+
+def group_fits(group_size: int, bits: int) -> bool:
+    """Whether a warp's shortest step, four words, has coefficients of one group."""
+    return group_size % (4 * 32 // bits) == 0
+
+
+def multiply(x: Tensor, y: Tensor, packed: Packed, tiling: Tiling | None = None) -> bool:
+    """y = x W^T for contiguous x [tokens, m] and y [tokens, n]; False if the activations need too much memory.
+
+    Both on the current device, to whose current stream this goes.
+    """
+    aligned = x.data_ptr() % 16 == 0 and packed.shape[1] * x.element_size() % 16 == 0
+    tokens = len(x)
+    key = (x.dtype, y.dtype, tokens, aligned, x.device.index, tiling)
+    bound = packed.started.get(key)
+    if bound is None:
+        made = _bind(packed, x, y, tokens, aligned, tiling)
+        if made is None:
+            return False
+        packed.started[key] = bound = made
+    bound.arguments[0].value = x.data_ptr()
+    bound.arguments[1].value = y.data_ptr()
+    bound(torch._C._cuda_getCurrentRawStream(x.device.index))
+    return True
+
+
+def _bind(
+    packed: Packed, x: Tensor, y: Tensor, tokens: int, aligned: bool, tiling: Tiling | None
+) -> Bound | None:
+    architecture, processors = _device(x.device.index)
+    macros, tiling = macros_of(packed, x.dtype, y.dtype, tokens, aligned, tiling, processors)
+    most = _SHARED.get(architecture, _LEAST_SHARED)
+    while shared_bytes(packed, macros, tiling) > most:
+        if macros["TOKENS"] == 1:
+            return None
+        macros["TOKENS"] //= 2
+    code = compiled(source(packed.name), macros, architecture)
+    shared = shared_bytes(packed, macros, tiling)
+    kernel = _kernel(code, shared, x.device.index, int(architecture.removeprefix("sm_")) >= 90)
+    sizes = (tokens, *packed.shape, packed.width, packed.groups)
+    arguments = (ctypes.c_void_p(), ctypes.c_void_p(), packed.struct(), *map(ctypes.c_int, sizes))
+    return kernel.bound(grid(packed, macros, tiling, tokens), 32 * tiling.warps, arguments)
+
+
+def macros_of(
+    packed: Packed,
+    x: torch.dtype,
+    y: torch.dtype,
+    tokens: int,
+    aligned: bool,
+    tiling: Tiling | None = None,
+    processors: int = 132,
+) -> tuple[dict[str, Any], Tiling]:
+    """What gemv.cu is compiled with."""
+    parts = 2 if packed.wide or x == torch.float32 else 1
+    tiling = tiling or choose_tiling(packed, processors)
+    together = min(1 << (tokens - 1).bit_length(), COLUMNS // (packed.sets * parts))
+    macros = {
+        "KIND_OF_X": _KINDS[x],
+        "KIND_OF_Y": _KINDS[y],
+        "KIND_OF_SCALES": _KINDS[packed.scales],
+        "TOKENS": together,
+        "PARTS": parts,
+        "ALIGNED": int(aligned and packed.shape[1] % (32 // packed.bits) == 0),
+        "GROUP_WORDS": packed.group_size * packed.bits // 32,
+        "ROW_TILES": tiling.row_tiles,
+        "WORDS": tiling.words,
+        "WARPS": tiling.warps,
+        # What registers are rationed for: two blocks of sixteen warps, so that one may begin while another ends.
+        "RESIDENT_THREADS": 1024 if packed.terms < 3 else 768,
+        **packed.macros,
+    }
+    return macros, tiling
+
+
+def choose_tiling(packed: Packed, processors: int) -> Tiling:
+    n, row = packed.shape[0], packed.group_size * packed.bits // 32
+    words = next(
+        size for size in (2, 1) if packed.width % size == 0 and row % (4 * size) == 0
+    )
+    row_tiles = 2 if n >= 28 * processors and packed.terms < 3 else 1
+    steps = -(-packed.width // (4 * words))
+    return Tiling(row_tiles, words, 16 if steps >= 12 and packed.terms < 3 else 8)
+
+
+def shared_bytes(packed: Packed, macros: Mapping[str, Any], tiling: Tiling) -> int:
+    """As gemv.cu lays its shared memory out: operands, sums of activations, sums of warps."""
+    columns = macros["TOKENS"] * packed.sets * macros["PARTS"]
+    steps = -(-packed.width // (4 * tiling.words))
+    operands = 8 // packed.bits * columns * (steps * 4 * tiling.words + 4) * 8
+    return operands + 4 * (macros["TOKENS"] * packed.sets * steps + tiling.warps * columns * tiling.rows)
+
+
+def grid(packed: Packed, macros: Mapping[str, Any], tiling: Tiling, tokens: int) -> tuple[int, int]:
+    return -(-packed.shape[0] // tiling.rows), -(-tokens // macros["TOKENS"])
+
+
+@cache
+def source(name: str) -> str:
+    """All that is compiled for a layout, in one text."""
+    here = Path(__file__).parent
+    files = ("hardware.cuh", "numbers.cuh", f"{name}.cuh", "gemv.cu")
+    return "\n".join((here / file).read_text(encoding="utf-8") for file in files)
+
+
+@cache
+def _device(index: int) -> tuple[str, int]:
+    """Its architecture, such as "sm_90", and how many multiprocessors it has."""
+    properties: Any = torch.cuda.get_device_properties(index)
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+@cache
+def _kernel(code: bytes, shared: int, device: int, programmatic: bool) -> Kernel:
+    return Kernel(code, "gemv", shared, programmatic)
+
+
+Prepare = Callable[[Any], "Packed | None"]

@@ -1,0 +1,12 @@
+"""Where kernels keep what they found out on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """``~/.cache/signbit``, or what SIGNBIT_CACHE names."""
+    directory = os.environ.get("SIGNBIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "signbit")
+    return Path(directory).expanduser()
