@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kernels.test_cpu import MAKERS, check, random
-from signbit.kernels import cuda, reference
+from signbit.kernels import cuda
+from signbit.kernels.cuda import nvrtc
 from signbit.kernels.cuda.gemv import Packed, Tiling, grid, macros_of, shared_bytes, source
 from signbit.kernels.cuda.packing import chains
 from signbit.layouts import Layout
@@ -110,11 +112,15 @@ def test_emulated_activations_of_any_size(emulator: Emulator) -> None:
         check(emulator.matmul(x, layout), x, layout)
 
 
-def test_what_is_left_to_others() -> None:
+def test_what_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "supported", lambda device: True)
     layout = MAKERS["sign"](16, 100)
     assert cuda.matmul(random(9, 100), layout) is None
+    assert cuda.matmul(random(0, 100), layout) is None
     assert cuda.matmul(random(1, 100).double(), layout) is None
-    assert chains(MAKERS["4 of 8"](16, 64)) is None
+    assert cuda.matmul(random(1, 64), MAKERS["4 of 8"](16, 64)) is None
+    with pytest.raises(ValueError, match="99 features"):
+        cuda.matmul(random(1, 99), layout)
 
 
 @pytest.mark.gpu
@@ -169,5 +175,39 @@ def test_products_that_wait_for_each_other(captured: bool) -> None:
 @needs_gpu
 def test_results_do_not_depend_on_timing() -> None:
     layout, x = MAKERS["two planes"](1000, 3000).to("cuda"), random(3, 3000).cuda()
-    results = [cuda.matmul(x, layout) for _ in range(20)]
-    assert all(torch.equal(one, results[0]) for one in results if one is not None)
+    first = cuda.matmul(x, layout)
+    assert first is not None
+    for _ in range(20):
+        again = cuda.matmul(x, layout)
+        assert again is not None
+        assert torch.equal(again, first)
+
+
+def nvrtc_anywhere() -> Any:
+    """NVRTC as pip installs it, whether torch is built for CUDA or not; it compiles without a GPU."""
+    found = (library for folder in sys.path for library in Path(folder).glob("nvidia/*/lib/libnvrtc.so.1?"))
+    library = next(found, None)
+    return None if library is None else nvrtc.load_nvrtc(library)
+
+
+@pytest.mark.skipif(nvrtc_anywhere() is None, reason="needs nvidia-cuda-nvrtc")
+@pytest.mark.parametrize("name", KNOWN)
+def test_compiles_for_gpus_that_are_not_here(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "_nvrtc", nvrtc_anywhere)
+    found = chains(MAKERS[name](18, 256))
+    assert found is not None
+    for packed in {one.name: one for chain in found for one in chain}.values():
+        for tokens, dtype in ((1, torch.bfloat16), (8, torch.float32)):
+            macros, _ = macros_of(packed, dtype, dtype, tokens, True)
+            code = nvrtc.compiled(source(packed.name), macros, "sm_90")
+            assert code.startswith(b"\x7fELF")
+            assert nvrtc.compiled(source(packed.name), macros, "sm_90") == code  # from the cache
+    assert len(list((tmp_path / "cuda").iterdir())) >= 2
+
+
+@pytest.mark.skipif(nvrtc_anywhere() is None, reason="needs nvidia-cuda-nvrtc")
+def test_what_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "_nvrtc", nvrtc_anywhere)
+    with pytest.raises(nvrtc.CudaError, match="undefined"):
+        nvrtc._compile("__global__ void f() { nothing(); }", ["--gpu-architecture=sm_90"])

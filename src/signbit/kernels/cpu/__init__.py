@@ -151,7 +151,7 @@ def chains_of(layout: Layout) -> list[list[tuple[Any, int]]] | None:
 
 
 def _chains(layout: Layout) -> tuple[list[list[tuple[Any, int]]] | None, list[Layout]]:
-    """Those, and the layouts that chains made of tensors of their own: these are kept along with what points to them."""
+    """Those, and layouts that chains made of tensors of their own, which are kept along with what points to them."""
     chains = layout.chains() if layout.device.type == "cpu" and _available() else []
     matrices = [[(_prepare(part), part.shape[0]) for part in chain] for chain in chains]
     complete = bool(matrices) and all(matrix is not None for chain in matrices for matrix, _ in chain)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from signbit.kernels.cuda.gemv import COLUMNS, Packed, Tiling, multiply
-from signbit.kernels.cuda.nvrtc import CudaError, available
+from signbit.kernels.cuda.gemv import COLUMNS, Packed, Tiling, multiply, supported
+from signbit.kernels.cuda.nvrtc import CudaError
 from signbit.kernels.cuda.packing import chains
 from signbit.layouts import Layout
 
@@ -25,35 +25,39 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def matmul(x: Tensor, layout: Layout, tiling: Tiling | None = None) -> Tensor | None:
-    """``x @ W.T`` for x ``[..., in]`` of at most eight tokens, in x's dtype, sums in float32; None if there is no kernel
-    for it.
+    """``x @ W.T`` for x ``[..., in]`` of at most eight tokens, in x's dtype, sums in float32; None if there is no
+    kernel for it.
 
     tiling: in place of the one that gemv.py chooses.
     """
     m = layout.spec.shape[1]
     if x.shape[-1] != m:
         raise ValueError(f"inputs have {x.shape[-1]} features, the matrix has {m}")
-    if not 0 < x.numel() <= COLUMNS * m or x.dtype not in _DTYPES or not available():
+    if not 0 < x.numel() <= COLUMNS * m or x.dtype not in _DTYPES or not supported(x.device.index):
         return None
     found = chains(layout)
     if found is None:
         return None
-    x = x.resolve_neg()
-    flat = x.reshape(-1, m).contiguous()
-    with torch.cuda.device(x.device):
-        total = None
-        for chain in found:
-            y: Tensor | None = flat
-            for packed in chain:
-                last = packed is chain[-1] and len(found) == 1
-                y = _multiply(y, packed, x.dtype if last else torch.float32, tiling)
-                if y is None:
-                    return None
-            total = y if total is None else total + y
-    assert total is not None
-    return total.to(x.dtype).view(*x.shape[:-1], -1)
+    if x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return _sum_of_chains(x, found, tiling)
+    return _sum_of_chains(x, found, tiling)
 
 
-def _multiply(x: Tensor, packed: Packed, dtype: torch.dtype, tiling: Tiling | None) -> Tensor | None:
-    y = torch.empty(len(x), packed.shape[0], dtype=dtype, device=x.device)
-    return y if multiply(x, y, packed, tiling) else None
+def _sum_of_chains(x: Tensor, chains: list[list[Packed]], tiling: Tiling | None) -> Tensor | None:
+    if not x.is_contiguous() or x.is_neg():
+        x = x.resolve_neg().contiguous()
+    *batch, m = x.shape
+    tokens = x.numel() // m
+    total = None
+    for chain in chains:
+        inputs = x
+        for packed in chain:
+            last = len(chains) == 1 and packed is chain[-1]
+            dtype = x.dtype if last else torch.float32
+            y = torch.empty(*batch, packed.shape[0], dtype=dtype, device=x.device)
+            if not multiply(inputs, y, tokens, packed, tiling):
+                return None
+            inputs = y
+        total = y if total is None else total + y
+    return total if total is None or total.dtype == x.dtype else total.to(x.dtype)

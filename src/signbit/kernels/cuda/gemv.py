@@ -1,13 +1,13 @@
 """Up to eight tokens times a packed matrix by gemv.cu: what it is compiled with for a layout, and how it is started.
 
-A layout gives its own file, macros and tensors (``Packed``). For the activations at hand (how many, their dtype) and the
-matrix's shape a ``Tiling`` is chosen; each combination is compiled once, and kept (nvrtc.py).
+A layout gives its own file, macros and tensors (``Packed``). For the activations at hand (how many, their dtype) and
+the matrix's shape a ``Tiling`` is chosen; each combination is compiled once, and kept (nvrtc.py).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from signbit.kernels.cuda.nvrtc import Bound, Kernel, compiled
+from signbit.kernels.cuda.nvrtc import Bound, Kernel, can_compile, compiled
 
 COLUMNS = 8  # of a tensor core's operand: tokens, in their sets and parts
 _KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 # Shared memory that a block may have: all of a multiprocessor's but 1 KiB; of other architectures what sm_86 has.
 _SHARED = {"sm_80": 163 << 10, "sm_87": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 _LEAST_SHARED = 99 << 10
+_MANY_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,12 @@ def group_fits(group_size: int, bits: int) -> bool:
     return group_size % (4 * 32 // bits) == 0
 
 
-def multiply(x: Tensor, y: Tensor, packed: Packed, tiling: Tiling | None = None) -> bool:
-    """y = x W^T for contiguous x [tokens, m] and y [tokens, n]; False if the activations need too much memory.
+def multiply(x: Tensor, y: Tensor, tokens: int, packed: Packed, tiling: Tiling | None = None) -> bool:
+    """y = x W^T for contiguous x [.., m] and y [.., n]; False if the activations need too much memory.
 
     Both on the current device, to whose current stream this goes.
     """
     aligned = x.data_ptr() % 16 == 0 and packed.shape[1] * x.element_size() % 16 == 0
-    tokens = len(x)
     key = (x.dtype, y.dtype, tokens, aligned, x.device.index, tiling)
     bound = packed.started.get(key)
     if bound is None:
@@ -93,19 +93,16 @@ def multiply(x: Tensor, y: Tensor, packed: Packed, tiling: Tiling | None = None)
     return True
 
 
-def _bind(
-    packed: Packed, x: Tensor, y: Tensor, tokens: int, aligned: bool, tiling: Tiling | None
-) -> Bound | None:
-    architecture, processors = _device(x.device.index)
-    macros, tiling = macros_of(packed, x.dtype, y.dtype, tokens, aligned, tiling, processors)
+def _bind(packed: Packed, x: Tensor, y: Tensor, tokens: int, aligned: bool, tiling: Tiling | None) -> Bound | None:
+    architecture = _architecture(x.device.index)
+    macros, tiling = macros_of(packed, x.dtype, y.dtype, tokens, aligned, tiling)
     most = _SHARED.get(architecture, _LEAST_SHARED)
     while shared_bytes(packed, macros, tiling) > most:
         if macros["TOKENS"] == 1:
             return None
         macros["TOKENS"] //= 2
-    code = compiled(source(packed.name), macros, architecture)
     shared = shared_bytes(packed, macros, tiling)
-    kernel = _kernel(code, shared, x.device.index, int(architecture.removeprefix("sm_")) >= 90)
+    kernel = _kernel(packed.name, tuple(sorted(macros.items())), architecture, shared, x.device.index)
     sizes = (tokens, *packed.shape, packed.width, packed.groups)
     arguments = (ctypes.c_void_p(), ctypes.c_void_p(), packed.struct(), *map(ctypes.c_int, sizes))
     return kernel.bound(grid(packed, macros, tiling, tokens), 32 * tiling.warps, arguments)
@@ -118,11 +115,10 @@ def macros_of(
     tokens: int,
     aligned: bool,
     tiling: Tiling | None = None,
-    processors: int = 132,
 ) -> tuple[dict[str, Any], Tiling]:
     """What gemv.cu is compiled with."""
     parts = 2 if packed.wide or x == torch.float32 else 1
-    tiling = tiling or choose_tiling(packed, processors)
+    tiling = tiling or choose_tiling(packed)
     together = min(1 << (tokens - 1).bit_length(), COLUMNS // (packed.sets * parts))
     macros = {
         "KIND_OF_X": _KINDS[x],
@@ -142,14 +138,14 @@ def macros_of(
     return macros, tiling
 
 
-def choose_tiling(packed: Packed, processors: int) -> Tiling:
-    n, row = packed.shape[0], packed.group_size * packed.bits // 32
-    words = next(
-        size for size in (2, 1) if packed.width % size == 0 and row % (4 * size) == 0
-    )
-    row_tiles = 2 if n >= 28 * processors and packed.terms < 3 else 1
-    steps = -(-packed.width // (4 * words))
-    return Tiling(row_tiles, words, 16 if steps >= 12 and packed.terms < 3 else 8)
+def choose_tiling(packed: Packed) -> Tiling:
+    """What was fastest on an H200 (docs/kernels.md), of what the groups allow."""
+    sizes = (2, 1) if packed.bits == 1 else (4, 2, 1)
+    group = packed.group_size * packed.bits // 32
+    words = next(size for size in sizes if packed.width % size == 0 and group % (4 * size) == 0)
+    if packed.bits > 1 or packed.width >= 32 * words * 4 or group:
+        return Tiling(1 if packed.bits == 4 else 2, words, 16)
+    return Tiling(2, words, 4) if packed.shape[0] >= _MANY_ROWS else Tiling(1, words, 8)
 
 
 def shared_bytes(packed: Packed, macros: Mapping[str, Any], tiling: Tiling) -> int:
@@ -173,15 +169,20 @@ def source(name: str) -> str:
 
 
 @cache
-def _device(index: int) -> tuple[str, int]:
-    """Its architecture, such as "sm_90", and how many multiprocessors it has."""
-    properties: Any = torch.cuda.get_device_properties(index)
-    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+def supported(device: int) -> bool:
+    """Whether gemv.cu can be compiled for a device: it needs NVRTC, and tensor cores as of sm_80."""
+    return torch.cuda.get_device_capability(device) >= (8, 0) and can_compile(_architecture(device))
 
 
 @cache
-def _kernel(code: bytes, shared: int, device: int, programmatic: bool) -> Kernel:
-    return Kernel(code, "gemv", shared, programmatic)
+def _architecture(device: int) -> str:
+    """Such as "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
-Prepare = Callable[[Any], "Packed | None"]
+@cache
+def _kernel(name: str, macros: tuple[tuple[str, Any], ...], architecture: str, shared: int, device: int) -> Kernel:
+    """Loaded once for each device."""
+    code = compiled(source(name), dict(macros), architecture)
+    return Kernel(code, "gemv", shared, programmatic=int(architecture.removeprefix("sm_")) >= 90)

@@ -43,13 +43,17 @@ class _Launch(ctypes.Structure):
 
 
 @cache
-def available() -> bool:
-    """Whether kernels can be compiled here."""
+def can_compile(architecture: str) -> bool:
+    """Whether NVRTC is here, and knows an architecture such as "sm_90"."""
     try:
-        _nvrtc()
+        nvrtc = _nvrtc()
     except OSError:
         return False
-    return True
+    count = ctypes.c_int()
+    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    known = (ctypes.c_int * count.value)()
+    nvrtc.nvrtcGetSupportedArchs(known)
+    return int(architecture.removeprefix("sm_")) in list(known)
 
 
 @cache
@@ -59,8 +63,14 @@ def _nvrtc() -> Any:
         return ctypes.CDLL(name)
     except OSError:
         # Beside torch, where pip puts what it depends on: nvidia/cuda_nvrtc/lib, since CUDA 13 nvidia/cu13/lib.
-        beside = Path(torch.__file__).parent.parent.glob(f"nvidia/*/lib/{name}")
-        return ctypes.CDLL(str(next(beside, name)))
+        return load_nvrtc(next(Path(torch.__file__).parent.parent.glob(f"nvidia/*/lib/{name}"), Path(name)))
+
+
+def load_nvrtc(library: Path) -> Any:
+    """NVRTC from a file. It asks for its builtins by name, and finds them only if they are loaded already."""
+    for builtins in library.parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(str(library))
 
 
 @cache
