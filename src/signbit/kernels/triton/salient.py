@@ -20,7 +20,9 @@ def salient_columns(salient: Tensor, m: int, count: int, group_size: int) -> tup
     return columns.int(), torch.nn.functional.pad(steps, (1, 0)).cumsum(0, dtype=torch.int32)[:count]
 
 
-def salient_slots(salient: Tensor, m: int, count: int, group_size: int) -> Tensor:
-    """The same for every column, -1 where it is not salient: int32 [m]."""
-    columns, places = salient_columns(salient, m, count, group_size)
-    return torch.full((m,), -1, dtype=torch.int32, device=salient.device).index_copy_(0, columns.long(), places)
+def salient_slots(columns: Tensor, slots: Tensor, m: int) -> Tensor:
+    """Of every column its place in the list of salient columns and in that of groups, -1 in both where it is not
+    salient: int32 [2, m]."""
+    places = torch.arange(len(columns), dtype=torch.int32, device=columns.device)
+    nothing = torch.full((2, m), -1, dtype=torch.int32, device=columns.device)
+    return nothing.index_copy_(1, columns.long(), torch.stack([places, slots]))

@@ -18,9 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signbit.kernels.triton.launch import Form, Product, words
-from signbit.kernels.triton.salient import salient_slots
-from signbit.kernels.triton.tiles import added_up, bit_at, multiply, signed, store, sums
+from signbit.kernels.triton.launch import Form, Product, start_unpacking, words
+from signbit.kernels.triton.salient import salient_columns, salient_slots
+from signbit.kernels.triton.tiles import (
+    added_up,
+    bit_at,
+    input_tile,
+    multiply,
+    signed,
+    store,
+    store_unpacked,
+    sums,
+    tile_to_unpack,
+)
 from signbit.layouts.ranks import choices, rank_bits
 from signbit.layouts.structured import Structured
 
@@ -116,6 +126,33 @@ def gemv(
 
 
 @triton.jit
+def columns_tile(
+    signs, regions, ranks, table, scales, means, salient_scales, salient_means, slots, rows, start,
+    n, m, width, region_width, rank_width, groups, salient_groups,
+    KEEP: tl.constexpr, OF: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, REGIONS: tl.constexpr,
+    MEAN: tl.constexpr, SALIENT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Weights of columns ``start ..``, float32 [BLOCK_N, BLOCK_K]; ``rows`` is [BLOCK_N, 1]."""
+    column = (start + tl.arange(0, BLOCK_K))[None, :]
+    cell = column // OF
+    mask = (rows < n) & (column < m)
+    ways = tl.load(table + rank_at(ranks, rows, cell, rank_width, mask, BITS), mask, other=0)
+    mask = mask & (((ways >> (column % OF)) & 1) != 0)
+    # How many kept columns of the cell come before: bits counted in pairs, fours, eights and sixteens.
+    before = ways & ((1 << (column % OF)) - 1)
+    before = before - ((before >> 1) & 0x5555)
+    before = (before & 0x3333) + ((before >> 2) & 0x3333)
+    before = (before + (before >> 4)) & 0x0F0F
+    kept = cell * KEEP + ((before + (before >> 8)) & 31)
+    slot = tl.load(slots + column, mask, other=-1) if SALIENT else column
+    group = column * 0 if GROUP == 0 else column // GROUP
+    return kept_values(
+        signs, regions, scales, means, salient_scales, salient_means, rows, kept, group, slot, mask,
+        width, region_width, groups, salient_groups, REGIONS, MEAN, SALIENT,
+    )  # fmt: skip
+
+
+@triton.jit
 def gemm(
     x, y, signs, regions, ranks, table, scales, means, salient_scales, salient_means, slots,
     tokens, n, m, kept_count, width, region_width, rank_width, groups, salient_groups,
@@ -124,32 +161,34 @@ def gemm(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = first[:, None]
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     total = sums(BLOCK_T, BLOCK_N, BLOCK_K, DOT)
     for start in range(0, m, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        column = columns[None, :]
-        cell = column // OF
-        mask = (rows < n) & (column < m)
-        ways = tl.load(table + rank_at(ranks, rows, cell, rank_width, mask, BITS), mask, other=0)
-        mask = mask & (((ways >> (column % OF)) & 1) != 0)
-        # How many kept columns of the cell come before: bits counted in pairs, fours, eights and sixteens.
-        before = ways & ((1 << (column % OF)) - 1)
-        before = before - ((before >> 1) & 0x5555)
-        before = (before & 0x3333) + ((before >> 2) & 0x3333)
-        before = (before + (before >> 4)) & 0x0F0F
-        kept = cell * KEEP + ((before + (before >> 8)) & 31)
-        slot = tl.load(slots + column, mask, other=-1) if SALIENT else column
-        group = column * 0 if GROUP == 0 else column // GROUP
-        weights = kept_values(
-            signs, regions, scales, means, salient_scales, salient_means, rows, kept, group, slot, mask,
-            width, region_width, groups, salient_groups, REGIONS, MEAN, SALIENT,
+        inputs = input_tile(x, token, tokens, columns, columns < m, m)
+        weights = columns_tile(
+            signs, regions, ranks, table, scales, means, salient_scales, salient_means, slots, first[:, None], start,
+            n, m, width, region_width, rank_width, groups, salient_groups,
+            KEEP, OF, BITS, GROUP, REGIONS, MEAN, SALIENT, BLOCK_K,
         )  # fmt: skip
-        place = token[:, None].to(tl.int64) * m + column
-        inputs = tl.load(x + place, (token < tokens)[:, None] & (column < m), other=0.0).to(tl.float32)
         total = multiply(total, weights, inputs, DOT, PRECISION)
     store(y, added_up(total, DOT), first, first < n, token, tokens, n)
+
+
+@triton.jit
+def unpack(
+    dense, signs, regions, ranks, table, scales, means, salient_scales, salient_means, slots,
+    first, stop, n, m, kept_count, width, region_width, rank_width, groups, salient_groups,
+    KEEP: tl.constexpr, OF: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, REGIONS: tl.constexpr,
+    MEAN: tl.constexpr, SALIENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows, _, start = tile_to_unpack(first, stop, BLOCK_N, BLOCK_K)
+    weights = columns_tile(
+        signs, regions, ranks, table, scales, means, salient_scales, salient_means, slots, rows[:, None], start,
+        stop, m, width, region_width, rank_width, groups, salient_groups,
+        KEEP, OF, BITS, GROUP, REGIONS, MEAN, SALIENT, BLOCK_K,
+    )  # fmt: skip
+    store_unpacked(dense, weights, rows, first, stop, start, m, BLOCK_K)
 
 
 @cache
@@ -169,10 +208,19 @@ def prepare(layout: Structured) -> Product:
     regions = named["regions"] if spec.regions == 3 else words(named["regions"]) if spec.regions == 2 else signs
     slots, some = signs, spec.salient_columns > 0
     if some:
-        slots = salient_slots(named["salient"], spec.shape[1], spec.salient_columns, spec.group_size)
+        marked = salient_columns(named["salient"], spec.shape[1], spec.salient_columns, spec.group_size)
+        slots = salient_slots(*marked, spec.shape[1])[1]
     positions, masks = _tables(spec.keep, spec.of, layout.device)
     coefficients = (scales, *(named.get(name, scales) for name in ("means", "salient_scales", "salient_means")), slots)
-    widths = (signs.shape[1], regions.shape[1], ranks.shape[1], scales.shape[1], spec.salient_groups)
+    sizes = (
+        *spec.shape,
+        spec.kept,
+        signs.shape[1],
+        regions.shape[1],
+        ranks.shape[1],
+        scales.shape[1],
+        spec.salient_groups,
+    )
     constants: dict[str, Any] = {
         "KEEP": spec.keep,
         "OF": spec.of,
@@ -186,6 +234,9 @@ def prepare(layout: Structured) -> Product:
     def run(x: Tensor, y: Tensor, form: Form) -> None:
         kernel, table = (gemv, positions) if form.dot is None else (gemm, masks)
         tensors = (x, y, signs, regions, ranks, table, *coefficients)
-        form.launch(kernel, tensors, (*spec.shape, spec.kept, *widths), constants)
+        form.launch(kernel, tensors, sizes, constants)
 
-    return Product("structured", spec.shape, scales.dtype == torch.bfloat16, run)
+    def dense(into: Tensor, first: int) -> None:
+        start_unpacking(unpack, into, first, (signs, regions, ranks, masks, *coefficients), sizes, constants)
+
+    return Product("structured", spec.shape, scales.dtype == torch.bfloat16, run, dense)

@@ -11,6 +11,8 @@ tile with the same columns of BLOCK_T tokens in one of two *forms*:
 Rows of bits are whole 32-bit words (layouts/bits.py). A word is loaded once and spread over its 32 columns; so is a
 coefficient, if no group ends within a word. Otherwise coefficients are loaded column by column, from the cache.
 
+For many tokens tiles are unpacked once, each by a program of its own, and torch multiplies.
+
 Every load is masked. Offsets that grow with rows times columns are 64 bits wide.
 """
 
@@ -132,3 +134,18 @@ def store(y, result, rows, inside, token, tokens, n):
     """Write [BLOCK_N, BLOCK_T] to y [tokens, n], in its dtype."""
     place = token[None, :].to(tl.int64) * n + rows[:, None]
     tl.store(y + place, result.to(y.dtype.element_ty), inside[:, None] & (token < tokens)[None, :])
+
+
+@triton.jit
+def tile_to_unpack(first, stop, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of a program that unpacks rows first .. stop: its rows, which of them there are, and its first column."""
+    rows = first + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return rows, rows < stop, tl.program_id(0) * BLOCK_K
+
+
+@triton.jit
+def store_unpacked(dense, weights, rows, first, stop, start, m, BLOCK_K: tl.constexpr):
+    """Write weights [BLOCK_N, BLOCK_K], columns ``start ..``, to dense [stop - first, m], in its dtype."""
+    columns = start + tl.arange(0, BLOCK_K)
+    place = (rows - first)[:, None].to(tl.int64) * m + columns[None, :]
+    tl.store(dense + place, weights.to(dense.dtype.element_ty), (rows < stop)[:, None] & (columns < m)[None, :])
