@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from signbit.kernels.triton.launch import Form, Product, start_unpacking, words
-from signbit.kernels.triton.salient import salient_columns, salient_slots
+from signbit.kernels.triton.salient import SOME, at_salient, salient_before, salient_columns
 from signbit.kernels.triton.tiles import (
     added_up,
     bit_at,
@@ -122,7 +122,7 @@ def coefficients_tile(
 
 @triton.jit
 def salient_tile(signs, second, scales, means, rows, stored, slot, mask, width, groups, MEANS: tl.constexpr):
-    """Coefficients of salient columns, float32, zero where ``mask`` is false; ``rows`` is [BLOCK_N, 1]."""
+    """Coefficients of salient columns, float32, zero where ``mask`` is false; ``rows`` and columns broadcast to it."""
     bits = bit_at(signs, rows, stored, width, mask)
     zone = bit_at(second, rows, stored, width, mask)
     book = (rows.to(tl.int64) * groups + slot) * 2 + zone
@@ -183,8 +183,8 @@ def kernel(
 
 @triton.jit
 def unpack(
-    dense, signs, second, scales, means, salient_signs, salient_second, salient_scales, salient_means, slots,
-    first, stop, n, m, width, groups, salient_width, salient_groups, count,
+    dense, signs, second, scales, means, salient_signs, salient_second, salient_scales, salient_means,
+    salient_list, slots, before, first, stop, n, m, width, groups, salient_width, salient_groups, count,
     GROUP: tl.constexpr, ROWS: tl.constexpr, MEANS: tl.constexpr, SALIENT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -203,25 +203,28 @@ def unpack(
         a = haar_columns(a, start, m, PAIRS, BLOCK_K)
         b = haar_columns(b, start, m, PAIRS, BLOCK_K)
     if SALIENT:
-        columns = start + tl.arange(0, BLOCK_K)
-        place = tl.load(slots + columns, columns < m, other=-1)
-        slot = tl.load(slots + m + columns, columns < m, other=-1)[None, :]
-        stored = (place if ROWS else columns)[None, :]
-        beside_a = salient_tile(
-            salient_signs, salient_second, salient_scales, salient_means, upper[:, None], stored, slot,
-            (upper < stop)[:, None] & (slot >= 0), salient_width, salient_groups, MEANS,
-        )  # fmt: skip
-        beside_b = salient_tile(
-            salient_signs, salient_second, salient_scales, salient_means, lower[:, None], stored, slot,
-            paired & (slot >= 0), salient_width, salient_groups, MEANS,
-        )  # fmt: skip
-        if ROWS:
-            beside_a, beside_b = haar_pairs(beside_a, beside_b, paired)
-            a += beside_a
-            b += beside_b
-        else:
-            a = tl.where(slot >= 0, beside_a, a)
-            b = tl.where(slot >= 0, beside_b, b)
+        last = tl.load(before + tl.minimum(start + BLOCK_K, m))
+        for begin in range(tl.load(before + start), last, SOME):
+            place = begin + tl.arange(0, SOME)
+            here = (place < last)[:, None]
+            stored = place if ROWS else tl.load(salient_list + place, place < last, other=0)
+            slot = tl.load(slots + place, place < last, other=0)
+            beside_a = salient_tile(
+                salient_signs, salient_second, salient_scales, salient_means, upper[None, :], stored[:, None],
+                slot[:, None], (upper < stop)[None, :] & here, salient_width, salient_groups, MEANS,
+            )  # fmt: skip
+            beside_b = salient_tile(
+                salient_signs, salient_second, salient_scales, salient_means, lower[None, :], stored[:, None],
+                slot[:, None], (lower < stop)[None, :] & here, salient_width, salient_groups, MEANS,
+            )  # fmt: skip
+            if ROWS:
+                nothing = tl.zeros((PAIRS, BLOCK_K), tl.float32)
+                beside_a, beside_b = haar_pairs(beside_a, beside_b, (lower < stop)[None, :])
+                a += at_salient(beside_a, nothing, before, begin, start, m, PAIRS, BLOCK_K)
+                b += at_salient(beside_b, nothing, before, begin, start, m, PAIRS, BLOCK_K)
+            else:
+                a = at_salient(beside_a, a, before, begin, start, m, PAIRS, BLOCK_K)
+                b = at_salient(beside_b, b, before, begin, start, m, PAIRS, BLOCK_K)
     if not ROWS:
         a, b = haar_pairs(a, b, paired)
     store_unpacked(dense, a, upper, first, stop, start, m, BLOCK_K)
@@ -236,11 +239,11 @@ def prepare(layout: HaarPlanes) -> Product:
     beside = rows and some
     salient_signs = words(named["salient_signs"]) if beside else signs
     salient_second = words(named["salient_second"]) if beside else second
-    salient, columns, slots, places = signs, signs, signs, signs
+    salient, columns, slots, before = signs, signs, signs, signs
     if some:
         salient = words(named["salient"])
         columns, slots = salient_columns(named["salient"], spec.shape[1], spec.salient_columns, spec.group_size)
-        places = salient_slots(columns, slots, spec.shape[1])
+        before = salient_before(named["salient"], spec.shape[1])
     coded = (signs, second, scales, named.get("means", scales))
     salient_coded = (
         salient_signs,
@@ -260,7 +263,7 @@ def prepare(layout: HaarPlanes) -> Product:
         form.launch(kernel, (x, y, *coded, salient, *salient_coded, columns, slots), sizes, constants)
 
     def dense(into: Tensor, first: int) -> None:
-        start_unpacking(unpack, into, first, (*coded, *salient_coded, places), sizes, constants)
+        start_unpacking(unpack, into, first, (*coded, *salient_coded, columns, slots, before), sizes, constants)
 
     # Pairs of columns are at even places of a row, and in one program, unless groups are odd.
     even = not (rows and spec.group_size % 2)

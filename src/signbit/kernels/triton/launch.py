@@ -29,7 +29,7 @@ from signbit.kernels.triton.tuning import Blocks
 GEMV_TOKENS = 8
 
 # The tile that a program unpacks. 16 rows are whole strips and whole pairs; 256 columns of bits are a sector of memory.
-_UNPACK = Blocks(rows=16, columns=256, tokens=16, warps=4, stages=2)
+UNPACK = Blocks(rows=16, columns=256, tokens=16, warps=4, stages=2)
 
 _DOTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -41,16 +41,22 @@ def start(
 
 
 def start_unpacking(
-    kernel: Any, into: Tensor, first: int, tensors: Sequence[Tensor], sizes: Sequence[int], constants: dict[str, Any]
+    kernel: Any,
+    into: Tensor,
+    first: int,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    constants: dict[str, Any],
+    blocks: Blocks = UNPACK,
 ) -> None:
     """Rows of W from ``first`` on, as many as ``into`` has; ``sizes`` begin with the numbers of rows and columns.
 
     Programs with neighbouring columns start one after the other, so that what they write is close together, too.
     """
     rows, m = into.shape
-    grid = (triton.cdiv(m, _UNPACK.columns), triton.cdiv(rows, _UNPACK.rows))
-    tile = {"BLOCK_N": _UNPACK.rows, "BLOCK_K": _UNPACK.columns}
-    start(kernel, grid, (into, *tensors, first, first + rows, *sizes), constants | tile, _UNPACK)
+    grid = (triton.cdiv(m, blocks.columns), triton.cdiv(rows, blocks.rows))
+    tile = {"BLOCK_N": blocks.rows, "BLOCK_K": blocks.columns}
+    start(kernel, grid, (into, *tensors, first, first + rows, *sizes), constants | tile, blocks)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 The salient columns come second. Their activations are zero in the loop over all columns, whose weights then need not
 know of them, and a loop of their own, over the list of them, does the rest: a few percent of the columns, whose bits
-are fetched one by one. Unpacking, which has to write whole rows, makes both of every weight that may be either.
+are fetched one by one. Unpacking makes those of a tile beside it, and
+puts them in their places.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from signbit.kernels.triton.launch import Form, Product, start_unpacking, words
-from signbit.kernels.triton.salient import salient_columns, salient_slots
+from signbit.kernels.triton.salient import SOME, at_salient, salient_before, salient_columns
 from signbit.kernels.triton.tiles import (
     added_up,
     bit_at,
@@ -59,7 +60,7 @@ def salient_tile(
     signs, second, residual, scales, means, column_scales, rows, place, columns, slot, mask,
     width, residual_width, salient_groups, count, BITMAP: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Weights of salient columns, float32; ``rows`` is [BLOCK_N, 1], the rest of one row, ``mask`` of both."""
+    """Weights of salient columns, float32; ``rows`` and the rest, which is of columns, broadcast to ``mask``."""
     bits = bit_at(signs, rows, columns, width, mask)
     other = bit_at(second, rows, columns, width, mask)
     if BITMAP:
@@ -123,7 +124,7 @@ def kernel(
 @triton.jit
 def unpack(
     dense, signs, second, residual, scales, means, column_scales,
-    salient_scales, salient_means, salient_column_scales, slots,
+    salient_scales, salient_means, salient_column_scales, salient_list, slots, before,
     first, stop, n, m, width, groups, residual_width, salient_groups, count,
     GROUP: tl.constexpr, BITMAP: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr, SALIENT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -134,16 +135,18 @@ def unpack(
         GROUP, MEAN, COLUMNS, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if SALIENT:
-        columns = start + tl.arange(0, BLOCK_K)
-        place = tl.load(slots + columns, columns < m, other=-1)
-        slot = tl.load(slots + m + columns, columns < m, other=-1)
-        salient = (slot >= 0)[None, :]
-        beside = salient_tile(
-            signs, second, residual, salient_scales, salient_means, salient_column_scales,
-            rows[:, None], place[None, :], columns[None, :], slot[None, :], inside[:, None] & salient,
-            width, residual_width, salient_groups, count, BITMAP, MEAN, COLUMNS,
-        )  # fmt: skip
-        weights = tl.where(salient, beside, weights)
+        last = tl.load(before + tl.minimum(start + BLOCK_K, m))
+        for begin in range(tl.load(before + start), last, SOME):
+            place = begin + tl.arange(0, SOME)
+            here = place < last
+            columns = tl.load(salient_list + place, here, other=0)
+            slot = tl.load(slots + place, here, other=0)
+            values = salient_tile(
+                signs, second, residual, salient_scales, salient_means, salient_column_scales,
+                rows[None, :], place[:, None], columns[:, None], slot[:, None], inside[None, :] & here[:, None],
+                width, residual_width, salient_groups, count, BITMAP, MEAN, COLUMNS,
+            )  # fmt: skip
+            weights = at_salient(values, weights, before, begin, start, m, BLOCK_N, BLOCK_K)
     store_unpacked(dense, weights, rows, first, stop, start, m, BLOCK_K)
 
 
@@ -164,7 +167,7 @@ def prepare(layout: SplitPlanes) -> Product:
         *(optional(name) for name in ("salient_means", "salient_column_scales")),
     )
     to_multiply = (*planes, words(layout.salient), *coefficients, columns, slots)
-    to_unpack = (*planes, *coefficients, salient_slots(columns, slots, spec.shape[1]))
+    to_unpack = (*planes, *coefficients, columns, slots, salient_before(layout.salient, spec.shape[1]))
     groups = layout.scales.shape[1]
     sizes = (*spec.shape, signs.shape[1], groups, residual.shape[1], spec.salient_groups, spec.salient_columns)
     constants: dict[str, Any] = {

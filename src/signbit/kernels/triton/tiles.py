@@ -28,6 +28,12 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
+def spread(values, PER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Each of [BLOCK_N, BLOCK_K / PER] at PER columns: [BLOCK_N, BLOCK_K]."""
+    return tl.reshape(tl.broadcast_to(values[:, :, None], (BLOCK_N, BLOCK_K // PER, PER)), (BLOCK_N, BLOCK_K))
+
+
+@triton.jit
 def word_tile(
     words, rows, inside, first, count, stride, PER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
@@ -38,8 +44,7 @@ def word_tile(
         inside[:, None] & (place < count)[None, :],
         other=0,
     )
-    spread = tl.broadcast_to(found[:, :, None], (BLOCK_N, BLOCK_K // PER, PER))
-    return tl.reshape(spread, (BLOCK_N, BLOCK_K))
+    return spread(found, PER, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -80,7 +85,7 @@ def group_tile(
         column = start + 32 * tl.arange(0, BLOCK_K // 32)
         mask = inside[:, None] & (column < m)[None, :]
         found = tl.load(base[:, None] + (column // GROUP * group_stride)[None, :], mask, other=0.0).to(tl.float32)
-        return tl.reshape(tl.broadcast_to(found[:, :, None], (BLOCK_N, BLOCK_K // 32, 32)), (BLOCK_N, BLOCK_K))
+        return spread(found, 32, BLOCK_N, BLOCK_K)
     else:
         column = start + tl.arange(0, BLOCK_K)
         mask = inside[:, None] & (column < m)[None, :]
