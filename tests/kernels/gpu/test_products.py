@@ -69,6 +69,14 @@ def test_any_number_of_tokens(tokens: int) -> None:
     check(multiply(x, layout), x, layout)
 
 
+@pytest.mark.parametrize("name", ["sign", "split in groups", "Haar along columns", "8 bits", "4 of 8", "partial"])
+def test_one_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "UNPACK_TOKENS", 18)
+    for tokens in (1, 17, 18):  # sizes of 1 are constants to Triton
+        layout, x = MAKERS[name](1, 100), random(tokens, 100)
+        check(multiply(x, layout), x, layout)
+
+
 @pytest.mark.parametrize("batch", [(), (0,), (2, 3)])
 def test_shapes_of_batches(batch: tuple[int, ...]) -> None:
     layout, x = MAKERS["sign"](16, 100), random(*batch, 100)
@@ -121,8 +129,8 @@ def test_unpacked_for_torch(name: str) -> None:
         assert pairs or name == "Haar along rows, odd groups"
         for W, truth in pairs:
             # The interpreter rounds towards zero.
-            unit = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
-            torch.testing.assert_close(W.float(), truth, rtol=unit, atol=1e-6)
+            unit = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+            torch.testing.assert_close(W.float(), truth, rtol=unit, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -37,7 +37,7 @@ def planes_tile(
     """Weights but for the scales of columns, float32 [BLOCK_N, BLOCK_K]."""
     weights = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for plane in tl.static_range(PLANES):
-        before = plane * n.to(tl.int64)
+        before = plane * tl.cast(n, tl.int64)  # an n of 1 is a constant to Triton, without methods
         bits = bit_tile(signs + before * width, rows, inside, start, width, BLOCK_N, BLOCK_K)
         scale = group_tile(scales + before * groups, rows, inside, start, m, groups, 1, GROUP, BLOCK_N, BLOCK_K)
         weights += signed(bits, scale)
