@@ -2,7 +2,7 @@
 
     tiles.py      tiles of bits, coefficients and activations, shared by all
     <layout>.py   the kernels of a layout, and what they take of its tensors
-    launch.py     grids and forms: gemv for up to 8 tokens, gemm for more
+    launch.py     grids and forms: gemv for up to 8 tokens, gemm for more; tiles of rows unpacked for torch for many
     tuning.py     which blocks: shipped (blocks.json), measured on this machine, or tried out
     sparse.py     matrices of at most 2 of 4 for sparse tensor cores; nothing goes there by itself
 
@@ -15,11 +15,11 @@ Nothing of this is imported before the first product on a GPU: Triton is an extr
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
 from signbit.kernels.triton import haar_planes, integers, partial, sign_planes, split_planes, structured
@@ -28,10 +28,15 @@ from signbit.kernels.triton.tuning import Blocks, architecture, blocks_for
 from signbit.layouts import HaarPlanes, Integers, Layout, Partial, SignPlanes, SplitPlanes, Structured
 from signbit.layouts.positions import STRIP_ROWS
 
-__all__ = ["DENSE_WEIGHTS", "OutOfResources", "has_kernel", "matmul"]
+__all__ = ["DENSE_WEIGHTS", "UNPACK_TOKENS", "OutOfResources", "has_kernel", "matmul"]
 
-# Weights of a layout without a gemm of its own that are unpacked at a time: 128 MiB in 16 bits.
-DENSE_WEIGHTS = 1 << 26
+# Tokens from which on W is unpacked and torch multiplies. With 2048 tokens and plain signs in bfloat16, gemm did 190
+# TFLOP/s on an H200, and cuBLAS 790. Unpacking writes, and cuBLAS reads, two bytes a weight: at 4 TB/s that is a
+# picosecond a weight, which is what the difference of the two is worth at 125 tokens. Estimated: to be measured.
+UNPACK_TOKENS = 128
+
+# Weights unpacked at a time, about: 256 MiB in 16 bits.
+DENSE_WEIGHTS = 1 << 27
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,7 +58,7 @@ def has_kernel(layout: Layout) -> bool:
 def matmul(x: Tensor, layout: Layout, blocks: Blocks | None = None) -> Tensor | None:
     """``x @ W.T`` for x ``[..., in]``, in x's dtype, sums in float32; None if there is no kernel for it.
 
-    blocks: in place of those that tuning.py names.
+    blocks: in place of those that tuning.py names, for as many tokens as there are.
     """
     if x.dtype not in _DTYPES or (chains := _chains(layout)) is None:
         return None
@@ -78,7 +83,8 @@ def _multiply(x: Tensor, product: Product, dtype: torch.dtype, precise: bool, bl
     *batch, m = x.shape
     y = torch.empty(*batch, product.shape[0], dtype=dtype, device=x.device)
     tokens = x.numel() // m
-    if tokens > GEMV_TOKENS and product.dense is not None:
+    many = tokens >= UNPACK_TOKENS and blocks is None
+    if (many and _is_torch_ahead(x, y, product, precise)) or (tokens > GEMV_TOKENS and not product.gemm):
         _multiply_dense(x, y, product)
     elif tokens:
         blocks = blocks or blocks_for(product.name, product.shape, tokens, architecture(x.device))
@@ -86,17 +92,35 @@ def _multiply(x: Tensor, product: Product, dtype: torch.dtype, precise: bool, bl
     return y
 
 
+def _is_torch_ahead(x: Tensor, y: Tensor, product: Product, precise: bool) -> bool:
+    """Whether torch, given many tokens and W unpacked, computes what gemm does, and faster.
+
+    It rounds float16 products to float16, whose range may not do, and multiplies float32 without tensor cores, which
+    gemm takes for all but activations that are worth more than TF32.
+    """
+    if product.dense is None:
+        return False
+    if x.dtype == torch.float16:
+        return not product.wide and y.dtype == torch.float16
+    return x.dtype == torch.bfloat16 or precise
+
+
 def _multiply_dense(x: Tensor, y: Tensor, product: Product) -> None:
-    """Tiles of rows are unpacked, and torch multiplies."""
+    """Rows are unpacked, all or in tiles of the same size, and torch multiplies."""
+    assert product.dense is not None
     n, m = product.shape
-    rows = max(STRIP_ROWS, DENSE_WEIGHTS // m // STRIP_ROWS * STRIP_ROWS)
+    tiles = ceil(n * m / DENSE_WEIGHTS)
+    rows = ceil(n / tiles / STRIP_ROWS) * STRIP_ROWS
     dtype = torch.float32 if product.wide and x.dtype == torch.float16 else x.dtype
     flat, result = x.view(-1, m).to(dtype), y.view(-1, n)
+    weights = torch.empty(min(rows, n), m, dtype=dtype, device=x.device)
     for first in range(0, n, rows):
-        tile = torch.empty(min(rows, n - first), m, dtype=dtype, device=x.device)
-        assert product.dense is not None
+        tile, part = weights[: n - first], result[:, first : first + rows]
         product.dense(tile, first)
-        result[:, first : first + len(tile)] = F.linear(flat, tile)
+        if part.dtype == dtype:
+            torch.mm(flat, tile.T, out=part)
+        else:
+            part.copy_(torch.mm(flat, tile.T))
 
 
 def _chains(layout: Layout) -> list[list[Product]] | None:

@@ -9,8 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signbit.kernels.triton.launch import Form, Product, words
-from signbit.kernels.triton.tiles import added_up, group_tile, input_tile, multiply, store, sums, word_tile
+from signbit.kernels.triton.launch import Form, Product, start_unpacking, words
+from signbit.kernels.triton.tiles import (
+    added_up,
+    group_tile,
+    input_tile,
+    multiply,
+    store,
+    store_unpacked,
+    sums,
+    tile_to_unpack,
+    word_tile,
+)
 from signbit.layouts.fields import unpack_fields
 from signbit.layouts.integers import Integers, middle
 
@@ -47,6 +57,21 @@ def code_tile(
 
 
 @triton.jit
+def integers_tile(
+    codes, scales, zeros, rows, inside, start, m, width, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Weights of columns ``start ..``, float32 [BLOCK_N, BLOCK_K]."""
+    levels = code_tile(codes, rows, inside, start, m, width, BITS, BLOCK_N, BLOCK_K).to(tl.float32)
+    if ZEROS:
+        levels -= group_tile(zeros, rows, inside, start, m, groups, 1, GROUP, BLOCK_N, BLOCK_K)
+    else:
+        levels -= MIDDLE
+    return levels * group_tile(scales, rows, inside, start, m, groups, 1, GROUP, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
 def kernel(
     x, y, codes, scales, zeros, tokens, n, m, width, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
@@ -59,14 +84,24 @@ def kernel(
     for start in range(0, m, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
         inputs = input_tile(x, token, tokens, columns, columns < m, m)
-        levels = code_tile(codes, rows, inside, start, m, width, BITS, BLOCK_N, BLOCK_K).to(tl.float32)
-        if ZEROS:
-            levels -= group_tile(zeros, rows, inside, start, m, groups, 1, GROUP, BLOCK_N, BLOCK_K)
-        else:
-            levels -= MIDDLE
-        scale = group_tile(scales, rows, inside, start, m, groups, 1, GROUP, BLOCK_N, BLOCK_K)
-        total = multiply(total, levels * scale, inputs, DOT, PRECISION)
+        weights = integers_tile(
+            codes, scales, zeros, rows, inside, start, m, width, groups, BITS, GROUP, ZEROS, MIDDLE, BLOCK_N, BLOCK_K
+        )
+        total = multiply(total, weights, inputs, DOT, PRECISION)
     store(y, added_up(total, DOT), rows, inside, token, tokens, n)
+
+
+@triton.jit
+def unpack(
+    dense, codes, scales, zeros, first, stop, n, m, width, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows, inside, start = tile_to_unpack(first, stop, BLOCK_N, BLOCK_K)
+    weights = integers_tile(
+        codes, scales, zeros, rows, inside, start, m, width, groups, BITS, GROUP, ZEROS, MIDDLE, BLOCK_N, BLOCK_K
+    )
+    store_unpacked(dense, weights, rows, first, stop, start, m, BLOCK_K)
 
 
 def prepare(layout: Integers) -> Product:
@@ -74,6 +109,7 @@ def prepare(layout: Integers) -> Product:
     codes, groups = words(layout.codes), layout.scales.shape[1]
     # A byte each: zero points are few, and their packed form is not worth a kernel's time.
     zeros = unpack_fields(layout.get_buffer("zeros"), groups, spec.bits).contiguous() if spec.zeros else layout.codes
+    tensors = (codes, layout.scales, zeros)
     sizes = (*spec.shape, codes.shape[1], groups)
     constants: dict[str, Any] = {
         "BITS": spec.bits,
@@ -83,6 +119,9 @@ def prepare(layout: Integers) -> Product:
     }
 
     def run(x: Tensor, y: Tensor, form: Form) -> None:
-        form.launch(kernel, (x, y, codes, layout.scales, zeros), sizes, constants)
+        form.launch(kernel, (x, y, *tensors), sizes, constants)
 
-    return Product("integers", spec.shape, layout.scales.dtype == torch.bfloat16, run)
+    def dense(into: Tensor, first: int) -> None:
+        start_unpacking(unpack, into, first, tensors, sizes, constants)
+
+    return Product("integers", spec.shape, layout.scales.dtype == torch.bfloat16, run, dense)

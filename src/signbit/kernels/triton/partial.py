@@ -21,14 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from signbit.kernels.triton import sign_planes
-from signbit.kernels.triton.launch import Form, Product, start, words
-from signbit.kernels.triton.tiles import bit_at, bit_tile, group_tile, signed
+from signbit.kernels.triton.launch import Form, Product, start, start_unpacking, words
+from signbit.kernels.triton.tiles import bit_at, signed
 from signbit.kernels.triton.tuning import Blocks
 from signbit.layouts.partial import Partial
 from signbit.layouts.positions import STRIP_ROWS, strip_count
 
 ROWS = tl.constexpr(STRIP_ROWS)
-_UNPACK = Blocks(rows=STRIP_ROWS, columns=128, tokens=16, warps=4, stages=2)
+# Of unpacking: symbols at a time. Strips are few and each waits for its own symbols, so as many as registers take.
+_SYMBOLS = Blocks(rows=STRIP_ROWS, columns=1024, tokens=16, warps=4, stages=2)
 
 
 @triton.jit
@@ -126,24 +127,6 @@ def add_salient(
 
 
 @triton.jit
-def unpack_ordinary(
-    dense, signs, scales, means, first_row, stop_row, m, width, groups,
-    GROUP: tl.constexpr, MEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Weights as if all were ordinary; dense is [stop_row - first_row, m]."""
-    rows = first_row + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin = tl.program_id(1) * BLOCK_K
-    inside = rows < stop_row
-    scale = group_tile(scales, rows, inside, begin, m, groups, 1, GROUP, BLOCK_N, BLOCK_K)
-    values = signed(bit_tile(signs, rows, inside, begin, width, BLOCK_N, BLOCK_K), scale)
-    if MEAN:
-        values += group_tile(means, rows, inside, begin, m, groups, 1, GROUP, BLOCK_N, BLOCK_K)
-    columns = begin + tl.arange(0, BLOCK_K)
-    target = (rows - first_row)[:, None].to(tl.int64) * m + columns[None, :]
-    tl.store(dense + target, values.to(dense.dtype.element_ty), inside[:, None] & (columns < m)[None, :])
-
-
-@triton.jit
 def unpack_salient(
     dense, signs, positions, ends, codes, code_scales, code_offsets, first_row,
     n, m, width, position_width, code_width, code_groups,
@@ -179,7 +162,9 @@ def prepare(layout: Partial) -> Product:
     means, code_offsets = named.get("means", scales), named.get("code_offsets", code_scales)
     groups, code_groups = scales.shape[1], code_scales.shape[1]
     widths = (signs.shape[1], positions.shape[1], codes.shape[1])
+    ordinary = (signs, scales, means, scales)
     of_signs: dict[str, Any] = {"GROUP": spec.group_size, "MEAN": spec.mean}
+    plain = of_signs | {"PLANES": 1, "COLUMNS": False}
     of_codes = {
         "CODE_GROUP": spec.code_group_size,
         "MEAN": spec.mean,
@@ -189,8 +174,7 @@ def prepare(layout: Partial) -> Product:
 
     def run(x: Tensor, y: Tensor, form: Form) -> None:
         base = torch.empty(y.shape, dtype=torch.float32, device=y.device)
-        plain = of_signs | {"PLANES": 1, "COLUMNS": False}
-        form.launch(sign_planes.kernel, (x, base, signs, scales, means, scales), (n, m, widths[0], groups), plain)
+        form.launch(sign_planes.kernel, (x, base, *ordinary), (n, m, widths[0], groups), plain)
         if spec.salient:
             tensors = (x, y, base, signs, positions, ends, codes, scales, means, code_scales, code_offsets)
             sizes = (n, m, *widths, groups, code_groups)
@@ -199,22 +183,11 @@ def prepare(layout: Partial) -> Product:
             y.copy_(base)
 
     def dense(into: Tensor, first: int) -> None:
-        stop = first + into.shape[0]
-        blocks = _UNPACK
-        grid = (triton.cdiv(into.shape[0], blocks.rows), triton.cdiv(m, blocks.columns))
-        tile = {"BLOCK_N": blocks.rows, "BLOCK_K": blocks.columns}
-        start(
-            unpack_ordinary,
-            grid,
-            (into, signs, scales, means, first, stop, m, widths[0], groups),
-            of_signs | tile,
-            blocks,
-        )
+        start_unpacking(sign_planes.unpack, into, first, ordinary, (n, m, widths[0], groups), plain)
         if spec.salient:
             tensors = (into, signs, positions, ends, codes, code_scales, code_offsets)
             sizes = (first, n, m, *widths, code_groups)
-            start(
-                unpack_salient, (strip_count(into.shape[0]),), (*tensors, *sizes), of_codes | {"BLOCK_K": 256}, blocks
-            )
+            constants = of_codes | {"BLOCK_K": _SYMBOLS.columns}
+            start(unpack_salient, (strip_count(into.shape[0]),), (*tensors, *sizes), constants, _SYMBOLS)
 
-    return Product("partial", spec.shape, scales.dtype == torch.bfloat16, run, dense)
+    return Product("partial", spec.shape, scales.dtype == torch.bfloat16, run, dense, gemm=False)

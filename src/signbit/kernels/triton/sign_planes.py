@@ -13,9 +13,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signbit.kernels.triton.launch import Form, Product, words
-from signbit.kernels.triton.tiles import added_up, bit_tile, group_tile, input_tile, multiply, signed, store, sums
+from signbit.kernels.triton.launch import Form, Product, start_unpacking, words
+from signbit.kernels.triton.tiles import (
+    added_up,
+    bit_tile,
+    group_tile,
+    input_tile,
+    multiply,
+    signed,
+    store,
+    store_unpacked,
+    sums,
+    tile_to_unpack,
+)
 from signbit.layouts.sign_planes import SignPlanes
+
+
+@triton.jit
+def planes_tile(
+    signs, scales, means, rows, inside, start, n, m, width, groups,
+    PLANES: tl.constexpr, GROUP: tl.constexpr, MEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Weights but for the scales of columns, float32 [BLOCK_N, BLOCK_K]."""
+    weights = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for plane in tl.static_range(PLANES):
+        before = plane * tl.cast(n, tl.int64)  # an n of 1 is a constant to Triton, without methods
+        bits = bit_tile(signs + before * width, rows, inside, start, width, BLOCK_N, BLOCK_K)
+        scale = group_tile(scales + before * groups, rows, inside, start, m, groups, 1, GROUP, BLOCK_N, BLOCK_K)
+        weights += signed(bits, scale)
+    if MEAN:
+        weights += group_tile(means, rows, inside, start, m, groups, 1, GROUP, BLOCK_N, BLOCK_K)
+    return weights
 
 
 @triton.jit
@@ -32,14 +60,9 @@ def kernel(
         columns = start + tl.arange(0, BLOCK_K)
         mask = columns < m
         inputs = input_tile(x, token, tokens, columns, mask, m)
-        weights = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for plane in tl.static_range(PLANES):
-            before = plane * n.to(tl.int64)
-            bits = bit_tile(signs + before * width, rows, inside, start, width, BLOCK_N, BLOCK_K)
-            scale = group_tile(scales + before * groups, rows, inside, start, m, groups, 1, GROUP, BLOCK_N, BLOCK_K)
-            weights += signed(bits, scale)
-        if MEAN:
-            weights += group_tile(means, rows, inside, start, m, groups, 1, GROUP, BLOCK_N, BLOCK_K)
+        weights = planes_tile(
+            signs, scales, means, rows, inside, start, n, m, width, groups, PLANES, GROUP, MEAN, BLOCK_N, BLOCK_K
+        )
         if COLUMNS:
             of_columns = tl.load(column_scales + columns, mask, other=0.0).to(tl.float32)[None, :]
             if DOT is None:
@@ -50,11 +73,28 @@ def kernel(
     store(y, added_up(total, DOT), rows, inside, token, tokens, n)
 
 
+@triton.jit
+def unpack(
+    dense, signs, scales, means, column_scales, first, stop, n, m, width, groups,
+    PLANES: tl.constexpr, GROUP: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows, inside, start = tile_to_unpack(first, stop, BLOCK_N, BLOCK_K)
+    weights = planes_tile(
+        signs, scales, means, rows, inside, start, n, m, width, groups, PLANES, GROUP, MEAN, BLOCK_N, BLOCK_K
+    )
+    if COLUMNS:
+        columns = start + tl.arange(0, BLOCK_K)
+        weights *= tl.load(column_scales + columns, columns < m, other=0.0).to(tl.float32)[None, :]
+    store_unpacked(dense, weights, rows, first, stop, start, m, BLOCK_K)
+
+
 def prepare(layout: SignPlanes) -> Product:
     spec = layout.spec
     signs = words(layout.signs)
     means = layout.get_buffer("means") if spec.mean else layout.scales
     columns = layout.get_buffer("column_scales") if spec.column_scales else layout.scales
+    tensors = (signs, layout.scales, means, columns)
     sizes = (*spec.shape, signs.shape[-1], layout.scales.shape[-1])
     constants: dict[str, Any] = {
         "PLANES": spec.planes,
@@ -64,6 +104,9 @@ def prepare(layout: SignPlanes) -> Product:
     }
 
     def run(x: Tensor, y: Tensor, form: Form) -> None:
-        form.launch(kernel, (x, y, signs, layout.scales, means, columns), sizes, constants)
+        form.launch(kernel, (x, y, *tensors), sizes, constants)
 
-    return Product("sign_planes", spec.shape, layout.scales.dtype == torch.bfloat16, run)
+    def dense(into: Tensor, first: int) -> None:
+        start_unpacking(unpack, into, first, tensors, sizes, constants)
+
+    return Product("sign_planes", spec.shape, layout.scales.dtype == torch.bfloat16, run, dense)

@@ -2,7 +2,8 @@
 
 The salient columns come second. Their activations are zero in the loop over all columns, whose weights then need not
 know of them, and a loop of their own, over the list of them, does the rest: a few percent of the columns, whose bits
-are fetched one by one.
+are fetched one by one. Unpacking makes those of a tile beside it, and
+puts them in their places.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signbit.kernels.triton.launch import Form, Product, words
-from signbit.kernels.triton.salient import salient_columns
+from signbit.kernels.triton.launch import Form, Product, start_unpacking, words
+from signbit.kernels.triton.salient import SOME, at_salient, salient_before, salient_columns
 from signbit.kernels.triton.tiles import (
     added_up,
     bit_at,
@@ -25,7 +26,9 @@ from signbit.kernels.triton.tiles import (
     multiply,
     signed,
     store,
+    store_unpacked,
     sums,
+    tile_to_unpack,
 )
 from signbit.layouts.split_planes import SplitPlanes
 
@@ -57,7 +60,7 @@ def salient_tile(
     signs, second, residual, scales, means, column_scales, rows, place, columns, slot, mask,
     width, residual_width, salient_groups, count, BITMAP: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Weights of salient columns, float32; ``rows`` is [BLOCK_N, 1], the rest of one row, ``mask`` of both."""
+    """Weights of salient columns, float32; ``rows`` and the rest, which is of columns, broadcast to ``mask``."""
     bits = bit_at(signs, rows, columns, width, mask)
     other = bit_at(second, rows, columns, width, mask)
     if BITMAP:
@@ -118,6 +121,35 @@ def kernel(
     store(y, added_up(total, DOT), rows, inside, token, tokens, n)
 
 
+@triton.jit
+def unpack(
+    dense, signs, second, residual, scales, means, column_scales,
+    salient_scales, salient_means, salient_column_scales, salient_list, slots, before,
+    first, stop, n, m, width, groups, residual_width, salient_groups, count,
+    GROUP: tl.constexpr, BITMAP: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr, SALIENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows, inside, start = tile_to_unpack(first, stop, BLOCK_N, BLOCK_K)
+    weights = ordinary_tile(
+        signs, second, scales, means, column_scales, rows, inside, start, m, width, groups,
+        GROUP, MEAN, COLUMNS, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if SALIENT:
+        last = tl.load(before + tl.minimum(start + BLOCK_K, m))
+        for begin in range(tl.load(before + start), last, SOME):
+            place = begin + tl.arange(0, SOME)
+            here = place < last
+            columns = tl.load(salient_list + place, here, other=0)
+            slot = tl.load(slots + place, here, other=0)
+            values = salient_tile(
+                signs, second, residual, salient_scales, salient_means, salient_column_scales,
+                rows[None, :], place[:, None], columns[:, None], slot[:, None], inside[None, :] & here[:, None],
+                width, residual_width, salient_groups, count, BITMAP, MEAN, COLUMNS,
+            )  # fmt: skip
+            weights = at_salient(values, weights, before, begin, start, m, BLOCK_N, BLOCK_K)
+    store_unpacked(dense, weights, rows, first, stop, start, m, BLOCK_K)
+
+
 def prepare(layout: SplitPlanes) -> Product:
     spec = layout.spec
     signs = words(layout.signs)
@@ -127,18 +159,15 @@ def prepare(layout: SplitPlanes) -> Product:
         return dict(layout.named_buffers()).get(name, layout.scales)
 
     columns, slots = salient_columns(layout.salient, spec.shape[1], spec.salient_columns, spec.group_size)
-    tensors = (
-        signs,
-        words(layout.second),
-        residual,
-        words(layout.salient),
+    planes = (signs, words(layout.second), residual)
+    coefficients = (
         layout.scales,
         *(optional(name) for name in ("means", "column_scales")),
         layout.salient_scales,
         *(optional(name) for name in ("salient_means", "salient_column_scales")),
-        columns,
-        slots,
     )
+    to_multiply = (*planes, words(layout.salient), *coefficients, columns, slots)
+    to_unpack = (*planes, *coefficients, columns, slots, salient_before(layout.salient, spec.shape[1]))
     groups = layout.scales.shape[1]
     sizes = (*spec.shape, signs.shape[1], groups, residual.shape[1], spec.salient_groups, spec.salient_columns)
     constants: dict[str, Any] = {
@@ -150,6 +179,9 @@ def prepare(layout: SplitPlanes) -> Product:
     }
 
     def run(x: Tensor, y: Tensor, form: Form) -> None:
-        form.launch(kernel, (x, y, *tensors), sizes, constants)
+        form.launch(kernel, (x, y, *to_multiply), sizes, constants)
 
-    return Product("split_planes", spec.shape, layout.scales.dtype == torch.bfloat16, run)
+    def dense(into: Tensor, first: int) -> None:
+        start_unpacking(unpack, into, first, to_unpack, sizes, constants)
+
+    return Product("split_planes", spec.shape, layout.scales.dtype == torch.bfloat16, run, dense)

@@ -11,6 +11,8 @@ tile with the same columns of BLOCK_T tokens in one of two *forms*:
 Rows of bits are whole 32-bit words (layouts/bits.py). A word is loaded once and spread over its 32 columns; so is a
 coefficient, if no group ends within a word. Otherwise coefficients are loaded column by column, from the cache.
 
+For many tokens tiles are unpacked once, each by a program of its own, and torch multiplies.
+
 Every load is masked. Offsets that grow with rows times columns are 64 bits wide.
 """
 
@@ -26,6 +28,12 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
+def spread(values, PER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Each of [BLOCK_N, BLOCK_K / PER] at PER columns: [BLOCK_N, BLOCK_K]."""
+    return tl.reshape(tl.broadcast_to(values[:, :, None], (BLOCK_N, BLOCK_K // PER, PER)), (BLOCK_N, BLOCK_K))
+
+
+@triton.jit
 def word_tile(
     words, rows, inside, first, count, stride, PER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
@@ -36,8 +44,7 @@ def word_tile(
         inside[:, None] & (place < count)[None, :],
         other=0,
     )
-    spread = tl.broadcast_to(found[:, :, None], (BLOCK_N, BLOCK_K // PER, PER))
-    return tl.reshape(spread, (BLOCK_N, BLOCK_K))
+    return spread(found, PER, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -78,7 +85,7 @@ def group_tile(
         column = start + 32 * tl.arange(0, BLOCK_K // 32)
         mask = inside[:, None] & (column < m)[None, :]
         found = tl.load(base[:, None] + (column // GROUP * group_stride)[None, :], mask, other=0.0).to(tl.float32)
-        return tl.reshape(tl.broadcast_to(found[:, :, None], (BLOCK_N, BLOCK_K // 32, 32)), (BLOCK_N, BLOCK_K))
+        return spread(found, 32, BLOCK_N, BLOCK_K)
     else:
         column = start + tl.arange(0, BLOCK_K)
         mask = inside[:, None] & (column < m)[None, :]
@@ -132,3 +139,18 @@ def store(y, result, rows, inside, token, tokens, n):
     """Write [BLOCK_N, BLOCK_T] to y [tokens, n], in its dtype."""
     place = token[None, :].to(tl.int64) * n + rows[:, None]
     tl.store(y + place, result.to(y.dtype.element_ty), inside[:, None] & (token < tokens)[None, :])
+
+
+@triton.jit
+def tile_to_unpack(first, stop, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of a program that unpacks rows first .. stop: its rows, which of them there are, and its first column."""
+    rows = first + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return rows, rows < stop, tl.program_id(0) * BLOCK_K
+
+
+@triton.jit
+def store_unpacked(dense, weights, rows, first, stop, start, m, BLOCK_K: tl.constexpr):
+    """Write weights [BLOCK_N, BLOCK_K], columns ``start ..``, to dense [stop - first, m], in its dtype."""
+    columns = start + tl.arange(0, BLOCK_K)
+    place = (rows - first)[:, None].to(tl.int64) * m + columns[None, :]
+    tl.store(dense + place, weights.to(dense.dtype.element_ty), (rows < stop)[:, None] & (columns < m)[None, :])
