@@ -1,10 +1,11 @@
-"""``signbit bench kernels --device cuda``: the Triton kernels against a GPU's own copy, and against bfloat16 in cuBLAS.
+"""``signbit bench kernels --device cuda``: kernels for GPUs against a GPU's own copy, and bfloat16 in cuBLAS.
 
 Everything is timed in one run, on matrices that are gone through in a circle larger than the caches, as CUDA graphs:
 what is timed is the GPU, not Python. A decoding product (up to 8 tokens) is measured by the bytes of the matrix
 against the bytes that a copy moves in the same time; a prefill by the time of the dense product.
 
-With ``tune`` every kernel first tries its candidates, and the fastest are kept in the user's cache (kernels/triton).
+With ``tune`` every Triton kernel that a product goes to first tries its candidates, and the fastest are kept in the
+user's cache (kernels/triton).
 """
 
 from __future__ import annotations
@@ -136,9 +137,9 @@ def _row(
 
 
 def _tune(x: torch.Tensor, layouts: list[Layout], turns: int) -> dict[str, Any]:
-    """The fastest blocks for this layout, kept; nothing if torch does the product, or two matrices make it."""
+    """The fastest blocks for this layout, kept; nothing where other kernels do the product, or two matrices make it."""
     gpu = dispatch.triton_kernels()
-    if gpu is None or len(layouts[0].chains()[0]) > 1:
+    if gpu is None or len(layouts[0].chains()[0]) > 1 or kernels.cuda.matmul(x, layouts[0]) is not None:
         return {}
     from signbit.kernels.triton import tuning
 

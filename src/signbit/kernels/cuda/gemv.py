@@ -23,7 +23,8 @@ _KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 # Shared memory that a block may have: all of a multiprocessor's but 1 KiB; of other architectures what sm_86 has.
 _SHARED = {"sm_80": 163 << 10, "sm_87": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 _LEAST_SHARED = 99 << 10
-_MANY_ROWS = 8192
+# Rows from which on, and words of a row below which, blocks of few warps were faster; rows that are few for the GPU.
+_MANY_ROWS, _SHORT_ROW, _FEW_ROWS = 8192, 256, 2048
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,12 @@ def macros_of(
 
 def choose_tiling(packed: Packed) -> Tiling:
     """What was fastest on an H200 (docs/kernels.md), of what the groups allow."""
-    sizes = (2, 1) if packed.bits == 1 else (4, 2, 1)
     group = packed.group_size * packed.bits // 32
+    sizes = (2, 1) if packed.bits == 1 else (4, 2, 1)
     words = next(size for size in sizes if packed.width % size == 0 and group % (4 * size) == 0)
-    if packed.bits > 1 or packed.width >= 32 * words * 4 or group:
-        return Tiling(1 if packed.bits == 4 else 2, words, 16)
-    return Tiling(2, words, 4) if packed.shape[0] >= _MANY_ROWS else Tiling(1, words, 8)
+    few_rows, many_rows = packed.shape[0] < _FEW_ROWS, packed.shape[0] >= _MANY_ROWS
+    short = group == 0 and packed.width < _SHORT_ROW
+    return Tiling(1 if few_rows or packed.bits == 4 else 2, words, 4 if many_rows and short else 16)
 
 
 def shared_bytes(packed: Packed, macros: Mapping[str, Any], tiling: Tiling) -> int:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from signbit.kernels.prepared import prepared
 from signbit.kernels.triton import haar_planes, integers, partial, sign_planes, split_planes, structured
 from signbit.kernels.triton.launch import GEMV_TOKENS, Form, Product
 from signbit.kernels.triton.tuning import Blocks, architecture, blocks_for
@@ -125,13 +126,10 @@ def _multiply_dense(x: Tensor, y: Tensor, product: Product) -> None:
 
 def _chains(layout: Layout) -> list[list[Product]] | None:
     """Products, as Layout.chains has them; None if one has no kernel."""
-    # "triton" first: the CPU kernels keep what they prepare under the addresses alone.
-    addresses = ["triton", *(tensor.data_ptr() for tensor in layout._buffers.values())]  # type: ignore[union-attr]
-    prepared = layout.prepared
-    if prepared is None or prepared[0] != addresses:
-        chains = layout.chains()
-        known = all(type(part) in _PREPARE and 0 not in part.shape for chain in chains for part in chain)
-        found = [[_PREPARE[type(part)](part) for part in chain] for chain in chains] if known else None
-        layout.prepared = prepared = (addresses, found)
-    kept: list[list[Product]] | None = prepared[1]
-    return kept
+    return prepared(layout, "triton", lambda: _prepare(layout))
+
+
+def _prepare(layout: Layout) -> list[list[Product]] | None:
+    chains = layout.chains()
+    known = all(type(part) in _PREPARE and 0 not in part.shape for chain in chains for part in chain)
+    return [[_PREPARE[type(part)](part) for part in chain] for chain in chains] if known else None

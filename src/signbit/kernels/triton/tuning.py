@@ -14,7 +14,6 @@ for gemv, the tokens as a power of two and whether rows are long; for gemm wheth
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from signbit.errors import SignbitError
+from signbit.kernels.user_cache import cache_directory
 from signbit.safetensors_file import write_text
 
 _LONG_ROWS = 8192
@@ -95,8 +95,7 @@ def blocks_for(name: str, shape: tuple[int, int], tokens: int, arch: str) -> Blo
 
 
 def cache_path() -> Path:
-    directory = os.environ.get("SIGNBIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "signbit")
-    return Path(directory).expanduser() / "blocks.json"
+    return cache_directory() / "blocks.json"
 
 
 def remember(found: dict[str, dict[str, Any]]) -> None:
