@@ -34,6 +34,7 @@ struct Avx2 {
     static U left(U a, int by) { return _mm256_slli_epi32(a, by); }
     static U right(U a, int by) { return _mm256_srli_epi32(a, by); }
     static void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
+    static void prefetch_far(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
 
     // All ones in the first ``count`` lanes.
     static U first(int64_t count) {

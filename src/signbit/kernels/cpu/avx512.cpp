@@ -27,11 +27,9 @@ struct Avx512 {
     static U without(U a, U b) { return _mm512_andnot_si512(b, a); }
     static U left(U a, int by) { return _mm512_sllv_epi32(a, _mm512_set1_epi32(by)); }
     static U right(U a, int by) { return _mm512_srlv_epi32(a, _mm512_set1_epi32(by)); }
-    // Into the second-level cache: what is fetched is a tile away, and in the first one it would drive out what is at
-    // hand. Not _mm_prefetch: GCC takes what only fetches ahead for something without effects, and leaves much of it out.
-    static void prefetch(const void* at) { asm volatile("prefetcht1 (%0)" : : "r"(at)); }
-    // Into the first.
-    static void prefetch_near(const void* at) { asm volatile("prefetcht0 (%0)" : : "r"(at)); }
+    // Not _mm_prefetch: GCC takes what only fetches ahead for something without effects, and leaves much of it out.
+    static void prefetch(const void* at) { asm volatile("prefetcht0 (%0)" : : "r"(at)); }
+    static void prefetch_far(const void* at) { asm volatile("prefetcht1 (%0)" : : "r"(at)); }
 
     static void store(float* to, F value, int64_t count) {
         _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), value);

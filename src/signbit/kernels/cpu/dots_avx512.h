@@ -218,10 +218,10 @@ struct RowsOfBits {
         const int64_t left = words - kChunkWords * chunk;
         if (near) {
 #pragma GCC unroll 4
-            for (int r = 0; r < Rows; r++) Avx512::prefetch_near(ahead + 64 * (Rows * chunk + r));
+            for (int r = 0; r < Rows; r++) Avx512::prefetch(ahead + 64 * (Rows * chunk + r));
         } else {
 #pragma GCC unroll 4
-            for (int r = 0; r < Rows; r++) Avx512::prefetch(ahead + 64 * (Rows * chunk + r));
+            for (int r = 0; r < Rows; r++) Avx512::prefetch_far(ahead + 64 * (Rows * chunk + r));
         }
         if (left >= kChunkWords) {
 #pragma GCC unroll 4
@@ -239,7 +239,7 @@ struct RowsOfBits {
         return _mm512_maskz_loadu_ps(first_of_16(count), static_cast<const float*>(from.data) + index);
     }
     const uint16_t* at = static_cast<const uint16_t*>(from.data) + index;
-    Avx512::prefetch(at + kDotRows * from.per_row);
+    Avx512::prefetch_far(at + kDotRows * from.per_row);
     const __m256i shorts = count >= 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))
                                        : _mm256_maskz_loadu_epi16(first_of_16(count), at);
     if (from.type == Scalar::f16) return _mm512_cvtph_ps(shorts);

@@ -199,7 +199,7 @@ struct IntegerProduct {
 
    private:
     void fetch_ahead(int64_t line, int64_t end) const {
-        for (; line < end; line++) I::prefetch(ahead + 64 * line);
+        for (; line < end; line++) I::prefetch_far(ahead + 64 * line);
     }
     template <bool Whole>
     void add_word(int64_t word, const float* const* activations, F (*part)[T]) {

@@ -149,7 +149,7 @@ inline void fetch_ahead(const void* data, int64_t row_bytes, int64_t row) {
     constexpr int64_t ahead = 8;
     const auto begin = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>((row + ahead) * row_bytes);
     for (uintptr_t at = (begin + 63) / 64 * 64; at < begin + static_cast<uintptr_t>(row_bytes); at += 64) {
-        Avx512::prefetch(reinterpret_cast<const void*>(at));
+        Avx512::prefetch_far(reinterpret_cast<const void*>(at));
     }
 }
 inline void fetch_ahead(const Coefficients& of, int64_t row) {

@@ -25,7 +25,8 @@
 //         add_one(words, nibble, mask, table)   look one nibble (or two) of the bits in a mask up, in its own table
 //         flush(step)             integers to floats, each worth ``step``, if it ``needs_flush``
 //         total()                 the sum
-//     set, bits, load, store, add, mul, fma, both, either, different (xor), without, left, right, prefetch
+//     set, bits, load, store, add, mul, fma, both, either, different (xor), without, left, right, prefetch,
+//     prefetch_far            the same into the second-level cache, for what is so much that it would drive out what is at hand
 //
 // Nothing here may come from std: a template compiled for one instruction set must not be linked into another.
 

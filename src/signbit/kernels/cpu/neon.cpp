@@ -31,6 +31,7 @@ struct Neon {
     static U left(U a, int by) { return vshlq_u32(a, vdupq_n_s32(by)); }
     static U right(U a, int by) { return vshlq_u32(a, vdupq_n_s32(-by)); }
     static void prefetch(const void* at) { __builtin_prefetch(at); }
+    static void prefetch_far(const void* at) { __builtin_prefetch(at, 0, 2); }
     // Nibble c of every word (and of its upper half) comes to the lowest bits.
     static U shift(U w, int c) { return vshlq_u32(w, vdupq_n_s32(-4 * c)); }
 

@@ -76,6 +76,7 @@ struct Portable {
         return a;
     }
     static void prefetch(const void* at) { __builtin_prefetch(at); }
+    static void prefetch_far(const void* at) { __builtin_prefetch(at, 0, 2); }
     static void store(float* to, const F& value, int64_t count) {
         std::memcpy(to, value.lane, static_cast<size_t>(count) * 4);
     }

@@ -34,7 +34,7 @@ inline void integers_of_planes(const BitPlanes& planes, int64_t byte, bool odd, 
         if (plane < 0 || plane >= planes.bits) continue;
         const uint8_t* bytes = planes.data + plane * planes.width + byte;
         p[i] = _mm512_permutexvar_epi16(order, _mm512_maskz_loadu_epi8(present, bytes));
-        Avx512::prefetch(bytes + 1024);
+        Avx512::prefetch_far(bytes + 1024);
     }
     __m512i twos[8], fours[8];
 #pragma GCC unroll 4
