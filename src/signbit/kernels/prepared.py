@@ -1,9 +1,12 @@
-"""What kernels know of a layout's tensors: made once, and again when one of them has moved."""
+"""What kernels know of a layout's tensors: made once, and again when one of them has moved or changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from signbit.layouts.base import Layout
 
@@ -15,12 +18,22 @@ def prepared(layout: Layout, kernels: str, make: Callable[[], T]) -> T:
 
     It lives as long as ``layout.prepared``, which is neither stored nor copied.
     """
-    addresses = [tensor.data_ptr() for tensor in layout._buffers.values()]  # type: ignore[union-attr]
+    tensors = layout._buffers.values()
+    state = [(tensor.data_ptr(), _version(tensor)) for tensor in tensors]  # type: ignore[union-attr, arg-type]
     kept = layout.prepared
-    if kept is None or kept[0] != addresses:
-        layout.prepared = kept = (addresses, {})
+    if kept is None or kept[0] != state:
+        # With the tensors themselves, so that no other gets an address of theirs.
+        kept = (state, {}, list(tensors))
+        # What is made while a CUDA graph is captured is there when the graph runs, and not before.
+        if layout.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            layout.prepared = kept
     known: dict[str, Any] = kept[1]
     if kernels not in known:
         known[kernels] = make()
     found: T = known[kernels]
     return found
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version

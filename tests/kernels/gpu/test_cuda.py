@@ -7,6 +7,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from kernels.test_cpu import MAKERS, check, random
 from signbit.kernels import cuda
-from signbit.kernels.cuda import nvrtc
-from signbit.kernels.cuda.gemv import Packed, Tiling, grid, macros_of, shared_bytes, source
+from signbit.kernels.cuda import gemv, nvrtc
+from signbit.kernels.cuda.gemv import Packed, Tiling, grid, macros_of, shared_bytes, source, static_bytes
 from signbit.kernels.cuda.packing import chains
 from signbit.layouts import Layout
 
@@ -54,7 +55,7 @@ class Emulator:
         m = packed.shape[1]
         aligned = x.data_ptr() % 16 == 0 and m * x.element_size() % 16 == 0
         macros, tiling = macros_of(packed, x.dtype, dtype, len(x), aligned, tiling)
-        assert shared_bytes(packed, macros, tiling) <= 227 << 10
+        assert static_bytes(macros, tiling) + shared_bytes(packed, macros, tiling) <= 227 << 10
         y = torch.full((len(x), packed.shape[0]), torch.nan, dtype=dtype)
         sizes = (len(x), *packed.shape, packed.width, packed.groups, *grid(packed, macros, tiling, len(x)))
         pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), packed.struct())
@@ -121,6 +122,89 @@ def test_what_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.matmul(random(1, 64), MAKERS["4 of 8"](16, 64)) is None
     with pytest.raises(ValueError, match="99 features"):
         cuda.matmul(random(1, 99), layout)
+
+
+def test_a_tiling_that_does_not_fit_is_refused() -> None:
+    found = chains(MAKERS["sign"](16, 96))
+    assert found is not None
+    with pytest.raises(ValueError, match="3 words"):
+        macros_of(found[0][0], torch.bfloat16, torch.bfloat16, 1, True, Tiling(1, 2, 4))
+
+
+def test_a_cache_that_is_no_good_is_gone_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def compile_once(source: str, options: list[str]) -> bytes:
+        made.append(source)
+        return b"\x7fELF code"
+
+    monkeypatch.setattr(nvrtc, "_compile", compile_once)
+    monkeypatch.setattr(nvrtc, "_version", lambda: "13.0")
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path))
+    for _ in range(2):
+        assert nvrtc.compiled("source", {}, "sm_90") == b"\x7fELF code"
+    assert len(made) == 1
+    (kept,) = (tmp_path / "cuda").iterdir()
+    kept.write_bytes(b"")  # as a full disk leaves it
+    nvrtc.compiled("source", {}, "sm_90")
+    assert len(made) == 2
+    monkeypatch.setenv("SIGNBIT_CACHE", str(kept))  # not a directory
+    assert nvrtc.compiled("source", {}, "sm_90") == b"\x7fELF code"
+    assert len(made) == 3
+
+
+def test_prepared_again_when_changed() -> None:
+    layout = MAKERS["4 bits"](16, 256)
+    before, again = chains(layout), chains(layout)
+    assert before is not None
+    assert again is before
+    layout.get_buffer("zeros").add_(1)
+    assert chains(layout) is not before
+    layout._buffers["scales"] = layout.get_buffer("scales").clone()
+    after = chains(layout)
+    assert after is not None
+    assert after[0][0].tensors[1] is layout.get_buffer("scales")
+
+
+def test_each_thread_has_arguments_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noted:
+        arguments = (ctypes.c_void_p(), ctypes.c_void_p())
+
+        def __call__(self, stream: int) -> None:
+            pass
+
+    monkeypatch.setattr(gemv, "_bind", lambda *_: Noted())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    found = chains(MAKERS["sign"](16, 64))
+    assert found is not None
+    packed = found[0][0]
+    x, y = random(1, 64), torch.empty(1, 16)
+    bound = []
+
+    def multiply() -> None:
+        for _ in range(2):
+            gemv.multiply(x, y, 1, packed)
+        bound.append(list(packed.started.bound.values()))
+
+    thread = threading.Thread(target=multiply)
+    multiply()
+    thread.start()
+    thread.join()
+    assert [len(of_thread) for of_thread in bound] == [1, 1]
+    assert bound[0][0] is not bound[1][0]
+
+
+def test_a_kernel_that_cannot_be_used_is_gone_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: int) -> None:
+        raise nvrtc.CudaError("no context\nand more")
+
+    monkeypatch.setattr(gemv, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(gemv, "enter_context", fail)
+    found = chains(MAKERS["sign"](16, 64))
+    assert found is not None
+    with pytest.warns(UserWarning, match="no context$"):
+        assert not gemv.multiply(random(1, 64), torch.empty(1, 16), 1, found[0][0])
+    assert not gemv.multiply(random(1, 64), torch.empty(1, 16), 1, found[0][0])  # and is not tried again
 
 
 @pytest.mark.gpu

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from signbit.kernels.cuda.gemv import COLUMNS, Packed, Tiling, multiply, supported
-from signbit.kernels.cuda.nvrtc import CudaError
 from signbit.kernels.cuda.packing import chains
 from signbit.layouts import Layout
 
-__all__ = ["CudaError", "matmul"]
+__all__ = ["matmul"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,7 +35,7 @@ def matmul(x: Tensor, layout: Layout, tiling: Tiling | None = None) -> Tensor | 
     if not 0 < x.numel() <= COLUMNS * m or x.dtype not in _DTYPES or not supported(x.device.index):
         return None
     found = chains(layout)
-    if found is None:
+    if found is None or found[0][0].device != x.device:
         return None
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):

@@ -7,6 +7,8 @@ the matrix's shape a ``Tiling`` is chosen; each combination is compiled once, an
 from __future__ import annotations
 
 import ctypes
+import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from signbit.kernels.cuda.nvrtc import Bound, Kernel, can_compile, compiled
+from signbit.errors import SignbitError
+from signbit.kernels.cuda.nvrtc import Bound, CudaError, Kernel, can_compile, compiled, enter_context
 
 COLUMNS = 8  # of a tensor core's operand: tokens, in their sets and parts
 _KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -38,6 +41,13 @@ class Tiling:
     @property
     def rows(self) -> int:
         return 16 * self.row_tiles
+
+
+class Started(threading.local):
+    """Kernels bound to a matrix, by what they are compiled for. Of each thread: arguments change before each start."""
+
+    def __init__(self) -> None:
+        self.bound: dict[Any, Bound | None] = {}
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,11 @@ class Packed:
     tensors: Sequence[Tensor | int]
     macros: Mapping[str, Any]
     wide: bool = False
-    started: dict[Any, Bound] = field(default_factory=dict, compare=False)
+    started: Started = field(default_factory=Started, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(one.device for one in self.tensors if isinstance(one, Tensor))
 
     def struct(self) -> Any:
         """``Tensors`` in memory: eight bytes each."""
@@ -82,12 +96,12 @@ def multiply(x: Tensor, y: Tensor, tokens: int, packed: Packed, tiling: Tiling |
     """
     aligned = x.data_ptr() % 16 == 0 and packed.shape[1] * x.element_size() % 16 == 0
     key = (x.dtype, y.dtype, tokens, aligned, x.device.index, tiling)
-    bound = packed.started.get(key)
+    started = packed.started.bound
+    if key not in started:
+        started[key] = _bind(packed, x, y, tokens, aligned, tiling)
+    bound = started[key]
     if bound is None:
-        made = _bind(packed, x, y, tokens, aligned, tiling)
-        if made is None:
-            return False
-        packed.started[key] = bound = made
+        return False
     bound.arguments[0].value = x.data_ptr()
     bound.arguments[1].value = y.data_ptr()
     bound(torch._C._cuda_getCurrentRawStream(x.device.index))
@@ -95,15 +109,22 @@ def multiply(x: Tensor, y: Tensor, tokens: int, packed: Packed, tiling: Tiling |
 
 
 def _bind(packed: Packed, x: Tensor, y: Tensor, tokens: int, aligned: bool, tiling: Tiling | None) -> Bound | None:
+    """A kernel with this matrix; None if there can be none, which is said unless it is for want of memory."""
     architecture = _architecture(x.device.index)
     macros, tiling = macros_of(packed, x.dtype, y.dtype, tokens, aligned, tiling)
     most = _SHARED.get(architecture, _LEAST_SHARED)
-    while shared_bytes(packed, macros, tiling) > most:
+    while static_bytes(macros, tiling) + shared_bytes(packed, macros, tiling) > most:
         if macros["TOKENS"] == 1:
             return None
         macros["TOKENS"] //= 2
     shared = shared_bytes(packed, macros, tiling)
-    kernel = _kernel(packed.name, tuple(sorted(macros.items())), architecture, shared, x.device.index)
+    try:
+        enter_context(x.device.index)
+        kernel = _kernel(packed.name, tuple(sorted(macros.items())), architecture, shared, x.device.index)
+    except CudaError as error:
+        text = str(error).partition("\n")[0]
+        warnings.warn(f"a CUDA kernel cannot be used, and products take Triton's: {text}", stacklevel=2)
+        return None
     sizes = (tokens, *packed.shape, packed.width, packed.groups)
     arguments = (ctypes.c_void_p(), ctypes.c_void_p(), packed.struct(), *map(ctypes.c_int, sizes))
     return kernel.bound(grid(packed, macros, tiling, tokens), 32 * tiling.warps, arguments)
@@ -120,6 +141,8 @@ def macros_of(
     """What gemv.cu is compiled with."""
     parts = 2 if packed.wide or x == torch.float32 else 1
     tiling = tiling or choose_tiling(packed)
+    if packed.width % tiling.words or packed.group_size * packed.bits // 32 % (4 * tiling.words):
+        raise ValueError(f"{tiling} does not divide rows of {packed.width} words in groups of {packed.group_size}")
     together = min(1 << (tokens - 1).bit_length(), COLUMNS // (packed.sets * parts))
     macros = {
         "KIND_OF_X": _KINDS[x],
@@ -157,6 +180,11 @@ def shared_bytes(packed: Packed, macros: Mapping[str, Any], tiling: Tiling) -> i
     return operands + 4 * (macros["TOKENS"] * packed.sets * steps + tiling.warps * columns * tiling.rows)
 
 
+def static_bytes(macros: Mapping[str, Any], tiling: Tiling) -> int:
+    """What it has besides: ``found`` and ``inverse``."""
+    return 4 * (tiling.warps + macros["TOKENS"])
+
+
 def grid(packed: Packed, macros: Mapping[str, Any], tiling: Tiling, tokens: int) -> tuple[int, int]:
     return -(-packed.shape[0] // tiling.rows), -(-tokens // macros["TOKENS"])
 
@@ -182,8 +210,19 @@ def _architecture(device: int) -> str:
     return f"sm_{major}{minor}"
 
 
-@cache
+_kernels: dict[Any, Kernel] = {}
+
+
 def _kernel(name: str, macros: tuple[tuple[str, Any], ...], architecture: str, shared: int, device: int) -> Kernel:
     """Loaded once for each device."""
-    code = compiled(source(name), dict(macros), architecture)
-    return Kernel(code, "gemv", shared, programmatic=int(architecture.removeprefix("sm_")) >= 90)
+    key = (name, macros, shared, device)
+    if key not in _kernels:
+        if torch.cuda.is_current_stream_capturing():
+            raise SignbitError(
+                "a product with packed weights was captured in a CUDA graph before it had run: run the model once, "
+                "with as many tokens, before capturing it"
+            )
+        code = compiled(source(name), dict(macros), architecture)
+        programmatic = int(architecture.removeprefix("sm_")) >= 90
+        _kernels[key] = Kernel(code, "gemv", shared, programmatic)
+    return _kernels[key]

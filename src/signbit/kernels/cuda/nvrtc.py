@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from typing import Any
 import torch
 
 from signbit.kernels.user_cache import cache_directory
-from signbit.safetensors_file import atomic_file
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -95,15 +96,30 @@ def compiled(source: str, macros: Mapping[str, Any], architecture: str) -> bytes
     """The machine code (cubin) of ``source`` for an architecture such as "sm_90", from the cache if it is there."""
     options = [f"--gpu-architecture={architecture}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in sorted(macros.items())]
-    key = hashlib.sha256("\0".join([_version(), source, *options]).encode()).hexdigest()
-    kept = cache_directory() / "cuda" / f"{key[:32]}.cubin"
-    if kept.is_file():
-        return kept.read_bytes()
-    code = _compile(source, options)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(kept) as temporary:
-        temporary.write_bytes(code)
+    key = hashlib.sha256("\0".join([_version(), source, *options]).encode()).hexdigest()[:32]
+    code = _kept(key)
+    if code is None:
+        code = _compile(source, options)
+        _keep(key, code)
     return code
+
+
+def _kept(key: str) -> bytes | None:
+    try:
+        code = (cache_directory() / "cuda" / f"{key}.cubin").read_bytes()
+    except (OSError, RuntimeError):  # there is none, or no home directory
+        return None
+    return code if code.startswith(b"\x7fELF") else None
+
+
+def _keep(key: str, code: bytes) -> None:
+    """If the cache can be written; the next process compiles again if it cannot."""
+    with suppress(OSError, RuntimeError):
+        directory = cache_directory() / "cuda"
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+            file.write(code)
+        Path(file.name).replace(directory / f"{key}.cubin")
 
 
 def _compile(source: str, options: Sequence[str]) -> bytes:
@@ -122,6 +138,18 @@ def _compile(source: str, options: Sequence[str]) -> bytes:
         return code.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def enter_context(device: int) -> None:
+    """Have this thread use the context that torch has on a device. The driver takes what is current; torch's own calls,
+    which would see to it, may all have been answered from caches in a thread that is new."""
+    driver, context = _driver(), ctypes.c_void_p()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "looking for a context")
+    if not context:
+        handle = ctypes.c_int()
+        _check(driver.cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "keeping a context")
+        _check(driver.cuCtxSetCurrent(context), "entering a context")
 
 
 class Kernel:

@@ -96,14 +96,14 @@ def _multiply(x: Tensor, product: Product, dtype: torch.dtype, precise: bool, bl
 def _is_torch_ahead(x: Tensor, y: Tensor, product: Product, precise: bool) -> bool:
     """Whether torch, given many tokens and W unpacked, computes what gemm does, and faster.
 
-    It rounds float16 products to float16, whose range may not do, and multiplies float32 without tensor cores, which
-    gemm takes for all but activations that are worth more than TF32.
+    It rounds products of 16-bit numbers to 16 bits, where sums of several, or the range of float16, may not do, and
+    multiplies float32 without tensor cores, which gemm takes for all but activations that are worth more than TF32.
     """
     if product.dense is None:
         return False
     if x.dtype == torch.float16:
         return not product.wide and y.dtype == torch.float16
-    return x.dtype == torch.bfloat16 or precise
+    return x.dtype == y.dtype == torch.bfloat16 or precise
 
 
 def _multiply_dense(x: Tensor, y: Tensor, product: Product) -> None:
