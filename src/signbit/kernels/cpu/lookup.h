@@ -72,18 +72,26 @@ template <class I>
 class Ahead {
    public:
     Ahead() = default;
-    Ahead(const void* data, int64_t row_bytes, const Tile<I>& tile, int64_t steps)
+    // far: into the second-level cache, which is faster where the tile is used once, and slower where tokens are many.
+    Ahead(const void* data, int64_t row_bytes, const Tile<I>& tile, int64_t steps, bool far = false)
         : at_(static_cast<const char*>(data) + least(tile.row + Tile<I>::rows, tile.n) * row_bytes),
           end_(static_cast<const char*>(data) + least(tile.row + 2 * Tile<I>::rows, tile.n) * row_bytes),
-          share_((Tile<I>::rows * row_bytes / steps + 63) / 64 * 64) {}
+          share_((Tile<I>::rows * row_bytes / steps + 63) / 64 * 64),
+          far_(far) {}
 
     void step() {
-        for (const char* stop = end_ - at_ > share_ ? at_ + share_ : end_; at_ < stop; at_ += 64) I::prefetch(at_);
+        const char* stop = end_ - at_ > share_ ? at_ + share_ : end_;
+        if (far_) {
+            for (; at_ < stop; at_ += 64) I::prefetch_far(at_);
+        } else {
+            for (; at_ < stop; at_ += 64) I::prefetch(at_);
+        }
     }
 
    private:
     const char *at_ = nullptr, *end_ = nullptr;
     int64_t share_ = 0;
+    bool far_ = false;
 };
 
 // Words [word, word + count) of a plane: w[i][s] has word i of the rows of strip s.

@@ -35,7 +35,8 @@ void sign_planes_rows(const void* matrix, const Activations* kinds, int64_t firs
         CoefficientTile<I> means(w.means, tile);
         for (int64_t plane = 0; plane < w.planes; plane++) {
             CoefficientTile<I> scales(w.scales[plane], tile);
-            Ahead<I> ahead(w.signs[plane].data, w.signs[plane].row_bytes, tile, x.words);
+            const bool once = x.tokens <= kFewTokens;
+            Ahead<I> ahead(w.signs[plane].data, w.signs[plane].row_bytes, tile, x.words, once);
             for (Blocks<I> block(x); block; ++block) {
                 Words<I> signs;
                 signs.load(w.signs[plane], tile, block.word, block.count, false);
