@@ -56,7 +56,7 @@ class Packed:
 
     name: of the layout's file. bits: of a field. sets, terms: as the file has them. group_size: columns that share
     coefficients, 0 for whole rows. width: words of a row. groups: coefficients of a row. tensors: pointers and numbers,
-    in the order of the file's ``Tensors``, kept alive here. macros: what else the file asks for. parts: whether
+    in the order of the file's ``Tensors``, kept alive here. macros: what else the file asks for. wide: whether
     activations are multiplied by what makes them wider than 16 bits.
     """
 
