@@ -158,7 +158,7 @@ def test_many_tokens_in_half_precision(name: str, dtype: torch.dtype, monkeypatc
         ("sign", torch.float32, 128, 1),
         ("sign", torch.float16, 128, 1),
         ("groups of 64", torch.float16, 128, 0),  # bfloat16 scales: float32 without tensor cores
-        ("sign factors", torch.bfloat16, 128, 4),
+        ("sign factors", torch.bfloat16, 128, 2),  # V of two paths; what U gives is added up in float32
         ("sign factors", torch.float16, 128, 0),  # between V and U float16 may not do
         ("partial", torch.float16, 9, 1),  # no gemm of its own
     ],
