@@ -10,31 +10,22 @@ CUDA graph: what is timed is the GPU.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaForCausalLM, StaticCache
 
+from seven_billion import HIDDEN, VOCABULARY, llama_config
+from signbit.bench.gpu import seconds
 from signbit.bench.random_layouts import MAKERS
 from signbit.layouts import Layout
 from signbit.modules import QuantizedEmbedding, QuantizedLinear
 
-CONFIG = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    max_position_embeddings=4096,
-    tie_word_embeddings=False,
-)
-
 
 def build(name: str, layers: int, device: torch.device) -> LlamaForCausalLM:
     """``bfloat16``, or with matrices of a kind; each layer has memory of its own."""
-    config = LlamaConfig(**(CONFIG.to_dict() | {"num_hidden_layers": layers}))
+    config = llama_config(layers)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     if name != "bfloat16":
@@ -65,7 +56,7 @@ def pack(model: LlamaForCausalLM, make: Callable[[int, int], Layout], device: to
                 if isinstance(linear, nn.Linear):
                     setattr(owner, key, QuantizedLinear(packed(make, tuple(linear.weight.shape))))
     made.clear()
-    shape = (CONFIG.vocab_size, CONFIG.hidden_size)
+    shape = (VOCABULARY, HIDDEN)
     model.lm_head = QuantizedLinear(packed(MAKERS["int8"], shape))
     model.model.embed_tokens = QuantizedEmbedding(packed(MAKERS["int8"], shape), torch.bfloat16)
 
@@ -81,22 +72,7 @@ def seconds_per_token(model: LlamaForCausalLM, context: int, turns: int, device:
         ids.copy_(logits[:, -1:].argmax(-1))
         position.add_(1)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(turns)]
-    graph.replay()
-    for begin, end in events:
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+    return seconds([step], device, turns)
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         return torch.full(shape, HIDDEN**-0.5 / deviation, dtype=dtype)
 
     write_tensors(tensors, supply, {"format": "pt"}, folder / SINGLE)
-    config = _config(layers)
+    config = llama_config(layers)
     config.quantization_config = {
         "quant_method": METHOD_NAME,
         "format_version": FORMAT_VERSION,
@@ -80,7 +80,7 @@ def _kind(spec: SignPlanesSpec | IntegersSpec) -> str:
     return "sign_planes" if isinstance(spec, SignPlanesSpec) else "integers"
 
 
-def _config(layers: int) -> LlamaConfig:
+def llama_config(layers: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,

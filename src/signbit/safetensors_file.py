@@ -9,6 +9,7 @@ import glob
 import json
 import math
 import os
+import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -136,7 +137,8 @@ def read_directory(directory: Path) -> dict[str, StoredTensor]:
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
     """A path to write to; on leaving, ``file`` is replaced by it, whole and on disk, or untouched after an error."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    # By chance, too: threads share a number, and machines that share a directory may.
+    temporary = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as stream:

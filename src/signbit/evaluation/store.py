@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +30,7 @@ import transformers
 from signbit.device import choose_device
 from signbit.errors import SignbitError
 from signbit.report.quantization import FILE as REPORT_FILE
+from signbit.user_cache import cache_directory
 from signbit.version import __version__
 
 # Weights, configuration, tokenizer, chat template and code: what decides on a model's answers.
@@ -39,8 +39,7 @@ _MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".tiktoken", ".jinja"
 
 def default_cache() -> Path:
     """Where answers are kept unless told otherwise."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "signbit" / "evaluation"
+    return cache_directory() / "evaluation"
 
 
 def content_hash(path: Path) -> str:

@@ -13,10 +13,11 @@ from signbit.layouts.base import Layout
 T = TypeVar("T")
 
 
-def prepared(layout: Layout, kernels: str, make: Callable[[], T]) -> T:
-    """What ``make()`` gave for the tensors that the layout has now. ``kernels``: whose it is.
+def prepared_chains(layout: Layout, kernels: str, prepare: Callable[[Layout], T | None]) -> list[list[T]] | None:
+    """``prepare(part)`` of all parts of ``layout.chains()``; None if it is None of one, or one has no weights.
 
-    It lives as long as ``layout.prepared``, which is neither stored nor copied.
+    kernels: whose it is. It lives as long as ``layout.prepared``, which is neither stored nor copied, and goes with
+    the parts, which may have tensors of their own.
     """
     tensors = layout._buffers.values()
     state = [(tensor.data_ptr(), _version(tensor)) for tensor in tensors]  # type: ignore[union-attr, arg-type]
@@ -29,8 +30,11 @@ def prepared(layout: Layout, kernels: str, make: Callable[[], T]) -> T:
             layout.prepared = kept
     known: dict[str, Any] = kept[1]
     if kernels not in known:
-        known[kernels] = make()
-    found: T = known[kernels]
+        parts = layout.chains()
+        made = [[None if 0 in part.shape else prepare(part) for part in chain] for chain in parts]
+        complete = all(one is not None for chain in made for one in chain)
+        known[kernels] = (made if complete else None, parts)
+    found: list[list[T]] | None = known[kernels][0]
     return found
 
 

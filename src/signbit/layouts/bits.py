@@ -35,6 +35,18 @@ def pack_bits(bits: Tensor) -> Tensor:
     return ((words * _GATHER) >> 56).to(torch.uint8).view(*bits.shape[:-1], width)
 
 
+def words(tensor: Tensor) -> Tensor:
+    """Rows of bytes as rows of 32-bit words, for kernels that read several at a time.
+
+    What a device allocated begins at a multiple of 16 bytes; what a file holds may not, and is copied then.
+    """
+    if tensor.numel() == 0:
+        return tensor.new_empty((*tensor.shape[:-1], tensor.shape[-1] // 4), dtype=torch.int32)
+    if tensor.data_ptr() % 16 or tensor.storage_offset() % 4:
+        tensor = tensor.clone()
+    return tensor.view(torch.int32)
+
+
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The first ``count`` bits of each row of uint8 ``[..., w]`` as booleans ``[..., count]``."""
     words = (packed.to(torch.int64) * _SPREAD) & _SELECT

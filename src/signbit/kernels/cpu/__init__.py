@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from signbit.errors import SignbitError
-from signbit.kernels.prepared import prepared
+from signbit.kernels.prepared import prepared_chains
 from signbit.layouts.base import Layout
 from signbit.layouts.haar_planes import HaarPlanes
 from signbit.layouts.integers import Integers
@@ -147,20 +147,15 @@ def chains_of(layout: Layout) -> list[list[tuple[Any, int]]] | None:
 
     They live as long as ``layout.prepared``.
     """
-    return prepared(layout, "cpu", lambda: _chains(layout))[0]
+    return prepared_chains(layout, "cpu", _prepare)
 
 
-def _chains(layout: Layout) -> tuple[list[list[tuple[Any, int]]] | None, list[Layout]]:
-    """Those, and layouts that chains made of tensors of their own, which are kept along with what points to them."""
-    chains = layout.chains() if layout.device.type == "cpu" and _available() else []
-    matrices = [[(_prepare(part), part.shape[0]) for part in chain] for chain in chains]
-    complete = bool(matrices) and all(matrix is not None for chain in matrices for matrix, _ in chain)
-    return (matrices if complete else None), [part for chain in chains for part in chain if part is not layout]
-
-
-def _prepare(layout: Layout) -> Any:
+def _prepare(layout: Layout) -> tuple[Any, int] | None:
     prepare = _PREPARE.get(type(layout))
-    return None if prepare is None or 0 in layout.shape else prepare(layout)
+    if prepare is None or layout.device.type != "cpu" or not _available():
+        return None
+    matrix = prepare(layout)
+    return None if matrix is None else (matrix, layout.shape[0])
 
 
 def _plane(tensor: Tensor | None) -> Any:

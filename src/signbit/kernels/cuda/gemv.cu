@@ -21,9 +21,9 @@
 // on the stream still runs, a block asks for its weights to be brought into the L2 cache, for these do not depend on it
 // (programmatic dependent launch).
 //
-// Names in capitals are given when it is compiled (gemv.py). The layout's own file is compiled behind this one's first
-// lines (numbers.cuh) and before the rest; it says what is read (`Tensors`, FIELD bits, STREAMS packed planes), which
-// plane sums are made of them (TERMS, `term`), in how many SETS the columns are divided, and what sums are worth (`fold`).
+// Names in capitals are given when it is compiled (gemv.py). hardware.cuh, numbers.cuh and the layout's own file stand
+// before this one; the last says what is read (`Tensors`, FIELD bits, STREAMS packed planes), which plane sums are made of
+// them (TERMS, `term`), in how many SETS the columns are divided, and what sums are worth (`fold`).
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROWS = 16 * ROW_TILES;
@@ -35,7 +35,6 @@ constexpr int STEP = 4 * WORDS;                 // words of a row that a warp ta
 constexpr float PART = 2048.0f;                 // what a second part is multiplied by
 static_assert(COLUMNS <= 8, "tensor cores take eight columns");
 static_assert(GROUP_WORDS % STEP == 0, "a step has coefficients of one group");
-
 
 // The activations of one word's columns, zero behind the last; times column scales if there are any.
 __device__ inline void load_columns(float (&values)[PER_WORD], const number* x, const Tensors& tensors, int j, int m) {

@@ -75,6 +75,10 @@ class Packed:
     started: Started = field(default_factory=Started, compare=False)
 
     @property
+    def group_words(self) -> int:
+        return self.group_size * self.bits // 32
+
+    @property
     def device(self) -> torch.device:
         return next(one.device for one in self.tensors if isinstance(one, Tensor))
 
@@ -141,7 +145,7 @@ def macros_of(
     """What gemv.cu is compiled with."""
     parts = 2 if packed.wide or x == torch.float32 else 1
     tiling = tiling or choose_tiling(packed)
-    if packed.width % tiling.words or packed.group_size * packed.bits // 32 % (4 * tiling.words):
+    if packed.width % tiling.words or packed.group_words % (4 * tiling.words):
         raise ValueError(f"{tiling} does not divide rows of {packed.width} words in groups of {packed.group_size}")
     together = min(1 << (tokens - 1).bit_length(), COLUMNS // (packed.sets * parts))
     macros = {
@@ -151,7 +155,7 @@ def macros_of(
         "TOKENS": together,
         "PARTS": parts,
         "ALIGNED": int(aligned and packed.shape[1] % (32 // packed.bits) == 0),
-        "GROUP_WORDS": packed.group_size * packed.bits // 32,
+        "GROUP_WORDS": packed.group_words,
         "ROW_TILES": tiling.row_tiles,
         "WORDS": tiling.words,
         "WARPS": tiling.warps,
@@ -164,11 +168,10 @@ def macros_of(
 
 def choose_tiling(packed: Packed) -> Tiling:
     """What was fastest on an H200 (docs/kernels.md), of what the groups allow."""
-    group = packed.group_size * packed.bits // 32
     sizes = (2, 1) if packed.bits == 1 else (4, 2, 1)
-    words = next(size for size in sizes if packed.width % size == 0 and group % (4 * size) == 0)
+    words = next(size for size in sizes if packed.width % size == 0 and packed.group_words % (4 * size) == 0)
     few_rows, many_rows = packed.shape[0] < _FEW_ROWS, packed.shape[0] >= _MANY_ROWS
-    short = group == 0 and packed.width < _SHORT_ROW
+    short = packed.group_words == 0 and packed.width < _SHORT_ROW
     return Tiling(1 if few_rows or packed.bits == 4 else 2, words, 4 if many_rows and short else 16)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -18,7 +17,8 @@ from typing import Any
 
 import torch
 
-from signbit.kernels.user_cache import cache_directory
+from signbit.safetensors_file import atomic_file
+from signbit.user_cache import cache_directory
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -104,9 +104,13 @@ def compiled(source: str, macros: Mapping[str, Any], architecture: str) -> bytes
     return code
 
 
+def _file(key: str) -> Path:
+    return cache_directory() / "cuda" / f"{key}.cubin"
+
+
 def _kept(key: str) -> bytes | None:
     try:
-        code = (cache_directory() / "cuda" / f"{key}.cubin").read_bytes()
+        code = _file(key).read_bytes()
     except (OSError, RuntimeError):  # there is none, or no home directory
         return None
     return code if code.startswith(b"\x7fELF") else None
@@ -115,11 +119,10 @@ def _kept(key: str) -> bytes | None:
 def _keep(key: str, code: bytes) -> None:
     """If the cache can be written; the next process compiles again if it cannot."""
     with suppress(OSError, RuntimeError):
-        directory = cache_directory() / "cuda"
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
-            file.write(code)
-        Path(file.name).replace(directory / f"{key}.cubin")
+        file = _file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as temporary:
+            temporary.write_bytes(code)
 
 
 def _compile(source: str, options: Sequence[str]) -> bytes:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from signbit.kernels.cuda.gemv import Packed, group_fits
-from signbit.kernels.prepared import prepared
+from signbit.kernels.prepared import prepared_chains
 from signbit.layouts import Integers, Layout, SignPlanes, SplitPlanes
-from signbit.layouts.bits import unpack_bits
+from signbit.layouts.bits import unpack_bits, words
 from signbit.layouts.fields import unpack_fields
 from signbit.layouts.integers import middle
 
@@ -20,29 +20,19 @@ _MOST_PLANES = 2
 
 def chains(layout: Layout) -> list[list[Packed]] | None:
     """Products, as Layout.chains has them; None if one has no kernel."""
-    return prepared(layout, "cuda", lambda: _chains(layout))
-
-
-def _chains(layout: Layout) -> list[list[Packed]] | None:
-    found: list[list[Packed]] = []
-    for chain in layout.chains():
-        products = [packed for part in chain if (packed := _packed(part)) is not None]
-        if len(products) < len(chain):
-            return None
-        found.append(products)
-    return found
+    return prepared_chains(layout, "cuda", _packed)
 
 
 def _packed(layout: Layout) -> Packed | None:
     make = _MAKERS.get(type(layout))
-    return None if make is None or 0 in layout.shape else make(layout)
+    return None if make is None else make(layout)
 
 
 def _sign_planes(layout: SignPlanes) -> Packed | None:
     spec = layout.spec
     if spec.planes > _MOST_PLANES or not group_fits(spec.group_size, 1):
         return None
-    signs, scales = _words(layout.signs), layout.scales
+    signs, scales = words(layout.signs), layout.scales
     means = layout.get_buffer("means") if spec.mean else scales
     columns = layout.get_buffer("column_scales") if spec.column_scales else scales
     return Packed(
@@ -65,7 +55,7 @@ def _integers(layout: Integers) -> Packed | None:
     spec = layout.spec
     if spec.bits not in (2, 4, 8) or not group_fits(spec.group_size, spec.bits):
         return None
-    codes, groups = _words(layout.codes), layout.scales.shape[1]
+    codes, groups = words(layout.codes), layout.scales.shape[1]
     # A byte each: zero points are few, and their packed form is not worth a kernel's time.
     zeros = unpack_fields(layout.get_buffer("zeros"), groups, spec.bits).contiguous() if spec.zeros else layout.codes
     return Packed(
@@ -93,7 +83,7 @@ def _split_planes(layout: SplitPlanes) -> Packed | None:
     if spec.bitmap or spec.column_scales or not group_fits(spec.group_size, 1):
         return None
     named = dict(layout.named_buffers())
-    signs, scales = _words(layout.signs), layout.scales
+    signs, scales = words(layout.signs), layout.scales
     return Packed(
         name="split_planes",
         shape=spec.shape,
@@ -106,8 +96,8 @@ def _split_planes(layout: SplitPlanes) -> Packed | None:
         scales=scales.dtype,
         tensors=(
             signs,
-            _words(layout.second),
-            _words(layout.salient),
+            words(layout.second),
+            words(layout.salient),
             scales,
             named.get("means", scales),
             layout.salient_scales,
@@ -125,13 +115,6 @@ def _slots(salient: Tensor, m: int, group_size: int) -> Tensor:
     marks = unpack_bits(salient, m)
     some = torch.nn.functional.pad(marks, (0, -m % size)).view(-1, size).any(1)
     return torch.where(some, some.cumsum(0) - 1, -1).int()
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """Rows of bytes as rows of words, which begin at multiples of 16 bytes where a device allocated them."""
-    if tensor.data_ptr() % 16 or tensor.storage_offset() % 4:
-        tensor = tensor.clone()
-    return tensor.view(torch.int32)
 
 
 _MAKERS: dict[type[Layout], Callable[[Any], Packed | None]] = {

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from signbit.kernels.prepared import prepared
+from signbit.kernels.prepared import prepared_chains
 from signbit.kernels.triton import haar_planes, integers, partial, sign_planes, split_planes, structured
 from signbit.kernels.triton.launch import GEMV_TOKENS, Form, Product
 from signbit.kernels.triton.tuning import Blocks, architecture, blocks_for
@@ -126,10 +126,9 @@ def _multiply_dense(x: Tensor, y: Tensor, product: Product) -> None:
 
 def _chains(layout: Layout) -> list[list[Product]] | None:
     """Products, as Layout.chains has them; None if one has no kernel."""
-    return prepared(layout, "triton", lambda: _prepare(layout))
+    return prepared_chains(layout, "triton", _prepare)
 
 
-def _prepare(layout: Layout) -> list[list[Product]] | None:
-    chains = layout.chains()
-    known = all(type(part) in _PREPARE and 0 not in part.shape for chain in chains for part in chain)
-    return [[_PREPARE[type(part)](part) for part in chain] for chain in chains] if known else None
+def _prepare(layout: Layout) -> Product | None:
+    prepare = _PREPARE.get(type(layout))
+    return None if prepare is None else prepare(layout)

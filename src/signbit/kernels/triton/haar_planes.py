@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signbit.kernels.triton.launch import Form, Product, start_unpacking, words
+from signbit.kernels.triton.launch import Form, Product, start_unpacking
 from signbit.kernels.triton.salient import SOME, at_salient, salient_before, salient_columns
 from signbit.kernels.triton.tiles import (
     added_up,
@@ -33,6 +33,7 @@ from signbit.kernels.triton.tiles import (
     store_unpacked,
     sums,
 )
+from signbit.layouts.bits import words
 from signbit.layouts.haar_planes import HaarPlanes
 
 ROOT_HALF = tl.constexpr(0.5**0.5)

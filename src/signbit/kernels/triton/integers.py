@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signbit.kernels.triton.launch import Form, Product, start_unpacking, words
+from signbit.kernels.triton.launch import Form, Product, start_unpacking
 from signbit.kernels.triton.tiles import (
     added_up,
     group_tile,
@@ -21,6 +21,7 @@ from signbit.kernels.triton.tiles import (
     tile_to_unpack,
     word_tile,
 )
+from signbit.layouts.bits import words
 from signbit.layouts.fields import unpack_fields
 from signbit.layouts.integers import Integers, middle
 

@@ -113,12 +113,3 @@ class Product:
     run: Callable[[Tensor, Tensor, Form], None]
     dense: Callable[[Tensor, int], None] | None
     gemm: bool = True
-
-
-def words(tensor: Tensor) -> Tensor:
-    """Rows of bytes as rows of 32-bit words. What a device allocated is aligned; files may not be."""
-    if tensor.numel() == 0:
-        return tensor.new_empty(tensor.shape, dtype=torch.int32)
-    if tensor.data_ptr() % 4 or tensor.storage_offset() % 4:
-        tensor = tensor.clone()
-    return tensor.view(torch.int32)

@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from signbit.kernels.triton import sign_planes
-from signbit.kernels.triton.launch import Form, Product, start, start_unpacking, words
+from signbit.kernels.triton.launch import Form, Product, start, start_unpacking
 from signbit.kernels.triton.tiles import bit_at, signed
 from signbit.kernels.triton.tuning import Blocks
+from signbit.layouts.bits import words
 from signbit.layouts.partial import Partial
 from signbit.layouts.positions import STRIP_ROWS, strip_count
 

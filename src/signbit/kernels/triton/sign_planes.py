@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signbit.kernels.triton.launch import Form, Product, start_unpacking, words
+from signbit.kernels.triton.launch import Form, Product, start_unpacking
 from signbit.kernels.triton.tiles import (
     added_up,
     bit_tile,
@@ -26,6 +26,7 @@ from signbit.kernels.triton.tiles import (
     sums,
     tile_to_unpack,
 )
+from signbit.layouts.bits import words
 from signbit.layouts.sign_planes import SignPlanes
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signbit.kernels.triton.launch import Form, Product, start_unpacking, words
+from signbit.kernels.triton.launch import Form, Product, start_unpacking
 from signbit.kernels.triton.salient import SOME, at_salient, salient_before, salient_columns
 from signbit.kernels.triton.tiles import (
     added_up,
@@ -30,6 +30,7 @@ from signbit.kernels.triton.tiles import (
     sums,
     tile_to_unpack,
 )
+from signbit.layouts.bits import words
 from signbit.layouts.split_planes import SplitPlanes
 
 

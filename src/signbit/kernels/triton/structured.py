@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signbit.kernels.triton.launch import Form, Product, start_unpacking, words
+from signbit.kernels.triton.launch import Form, Product, start_unpacking
 from signbit.kernels.triton.salient import salient_slots
 from signbit.kernels.triton.tiles import (
     added_up,
@@ -35,6 +35,7 @@ from signbit.kernels.triton.tiles import (
     tile_to_unpack,
 )
 from signbit.kernels.triton.tuning import Blocks
+from signbit.layouts.bits import words
 from signbit.layouts.ranks import choices, rank_bits
 from signbit.layouts.structured import Structured
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from signbit.errors import SignbitError
-from signbit.kernels.user_cache import cache_directory
 from signbit.safetensors_file import write_text
+from signbit.user_cache import cache_directory
 
 _LONG_ROWS = 8192
 _MANY_TOKENS = 256

@@ -1,4 +1,4 @@
-"""Where kernels keep what they found out on this machine."""
+"""Where this machine keeps what it found out once: compiled kernels, the fastest tiles, answers of evaluations."""
 
 from __future__ import annotations
 
