@@ -9,6 +9,7 @@
 #include "decoder.h"
 #include "dispatch.h"
 #include "matrices.h"
+#include "rounding.h"
 
 using namespace kernels;
 
@@ -140,10 +141,58 @@ void run_steps(const Isa& isa, int64_t features, int64_t tokens) {
     compare("dense", products, scores);
 }
 
+// Columns in turn: that each value is the nearest to what the changes before it make of the target.
+void run_rounding(const Isa& isa, int64_t n, int64_t k, bool even) {
+    std::mt19937 random(static_cast<unsigned>(n + k));
+    std::normal_distribution<float> normal;
+    const std::vector<int32_t> counts = {2, 7};
+    const int64_t levels = even ? 2 : 7;
+    const auto some = [&](int64_t count) {
+        std::vector<float> values(static_cast<size_t>(count));
+        for (float& value : values) value = normal(random);
+        return values;
+    };
+    const std::vector<float> targets = some(k * n), shares = some(k * k);
+    std::vector<float> tables = some(2 * levels * n), before = some(k * n), changes(targets.size());
+    for (float& value : tables) value = even ? std::abs(value) : value;
+    std::vector<int32_t> which(targets.size());
+    for (int32_t& one : which) one = static_cast<int32_t>(random() % 2);
+    std::vector<uint8_t> places(targets.size());
+    round_in_turn({n, k, targets.data(), shares.data(), before.data(), tables.data(), counts.data(), levels, even,
+                   which.data(), n, 1, places.data(), changes.data()},
+                  isa, 2);
+    bool good = true;
+    for (int64_t j = 0; j < k; j++) {
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t at = j * n + i, z = which[at];
+            double target = targets[at];
+            for (int64_t l = 0; l < j; l++) target += static_cast<double>(shares[j * k + l]) * changes[l * n + i];
+            const auto value = [&](int64_t place) -> double {
+                const float* table = tables.data() + z * levels * n + i;
+                return even ? table[0] + static_cast<double>(place) * table[n] : table[place * n];
+            };
+            double nearest = 1e30;
+            for (int64_t place = 0; place < counts[z]; place++) {
+                nearest = std::min(nearest, std::abs(value(place) - target));
+            }
+            const double found = value(places[at]), allowed = 1e-5 * (1 + std::abs(target) + k);
+            good = good && places[at] < counts[z] && std::abs(found - target) <= nearest + allowed &&
+                   std::abs(found - before[at] - changes[at]) <= allowed;
+        }
+    }
+    if (!good) std::printf("%s: rounding columns in turn, n %d k %d\n", isa.name, static_cast<int>(n), static_cast<int>(k));
+    (good ? passed : failed)++;
+}
+
 }  // namespace
 
 int main() {
     for (const Isa* isa : instruction_sets()) {
+        for (const int64_t n : {1, 32, 77}) {
+            for (const int64_t k : {1, 5, 128}) {
+                for (const bool even : {false, true}) run_rounding(*isa, n, k, even);
+            }
+        }
         for (const int64_t features : {1, 12, 64, 100, 128, 577}) {
             for (const int64_t tokens : {1, 7, 300}) run_steps(*isa, features, tokens);
         }

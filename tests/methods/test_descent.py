@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from choosing import choose_column
 from matrices import damped, random_factor, random_weight
-from signbit.methods import descent
+from signbit.methods import rounding
 from signbit.methods.descent import descend, least_squares
 from signbit.methods.options import SweepOptions
+from signbit.methods.rounding import Choices, round_in_turn
 from signbit.methods.sweep import sweep
 
 
@@ -25,11 +27,12 @@ class Levels:
         low, high = self.scales[:, :1], self.scales[:, 1:]
         return torch.where(self.negative, -1.0, 1.0) * torch.where(self.large, high, low)
 
-    def assign(self, column: int, weights: Tensor) -> Tensor:
+    def choices(self) -> Choices:
         low, high = self.scales.unbind(1)
-        self.negative[:, column] = weights < 0
-        self.large[:, column] = (weights.abs() - low).abs() > (weights.abs() - high).abs()
-        return self.values()[:, column]
+        return Choices.among([torch.stack([low, -low, high, -high])], torch.zeros(self.negative.shape[1], 1))
+
+    def choose(self, places: Tensor) -> None:
+        self.negative, self.large = places.T & 1 != 0, places.T & 2 != 0
 
     def features(self) -> Tensor:
         signs, large = torch.where(self.negative, -1.0, 1.0), self.large.float()
@@ -42,8 +45,7 @@ class Levels:
 def fit(weight: Tensor, columns: slice) -> Levels:
     mean = weight.abs().mean(1, keepdim=True)
     code = Levels(torch.cat([0.5 * mean, 1.5 * mean], dim=1), weight < 0, torch.zeros_like(weight, dtype=torch.bool))
-    for column in range(weight.shape[1]):
-        code.assign(column, weight[:, column])
+    round_in_turn(code, weight.T.contiguous())
     return code
 
 
@@ -99,10 +101,10 @@ def test_many_passes_end_where_no_single_change_helps() -> None:
                 plane[row, column] ^= True
 
 
-@pytest.mark.parametrize("lazy", [1, 5, 128])
-def test_a_pass_is_coordinate_descent(monkeypatch: pytest.MonkeyPatch, lazy: int) -> None:
+@pytest.mark.parametrize("turns", [1, 5, 128])
+def test_a_pass_is_coordinate_descent(monkeypatch: pytest.MonkeyPatch, turns: int) -> None:
     """Against the textbook loop: the gradient from scratch for each column."""
-    monkeypatch.setattr(descent, "LAZY_COLUMNS", lazy)
+    monkeypatch.setattr(rounding, "TURNS", turns)
     weight, factor = random_weight(6, 33), random_factor(33)
     hessian = damped(factor)
     found, expected = (sweep(weight, factor, 0, fit, SweepOptions(feedback="column"))[0] for _ in range(2))
@@ -112,7 +114,7 @@ def test_a_pass_is_coordinate_descent(monkeypatch: pytest.MonkeyPatch, lazy: int
     for j in range(33):
         values = expected.values().double()
         gradient = (weight - values) @ hessian[:, j]
-        expected.assign(j, (values[:, j] + gradient / hessian[j, j]).float())
+        choose_column(expected, j, (values[:, j] + gradient / hessian[j, j]).float())
     assert torch.allclose(found.values(), expected.values(), atol=1e-4)
 
 

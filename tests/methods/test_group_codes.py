@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from choosing import all_values
 from matrices import random_factor, random_weight
 from signbit.methods import sweep as module
 from signbit.methods.sweep import GroupCode
@@ -64,9 +65,14 @@ def test_values_are_coefficients_times_features_whatever_their_sign(run: str, mo
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_what_is_assigned_is_what_is_kept(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_chosen_is_what_values_are(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     for code in codes_of(run, monkeypatch):
-        for column in range(code.values().shape[1]):
-            found = code.assign(column, torch.randn(12, generator=generator))
-            assert torch.equal(found, code.values()[:, column])
+        choices, (n, k) = code.choices(), code.values().shape
+        which = choices.which.expand(k, n).long()
+        assert which.min() >= 0 and which.max() < len(choices.tables)
+        counts = choices.counts[which]
+        places = (torch.rand(k, n, generator=generator) * counts).long()
+        code.choose(places.to(torch.uint8))
+        found, wanted = code.values().T, all_values(choices)[which, places, torch.arange(n)]
+        assert torch.allclose(found, wanted, atol=1e-6) if choices.even else torch.equal(found, wanted)

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 
+from choosing import choose_column
 from matrices import binarized, hessian_of, random_inputs, random_weight
 from signbit.calibration.hessian import factorize
 from signbit.layouts import SignPlanes
@@ -93,8 +94,7 @@ def test_reassigned_weights_get_the_nearest_value_of_two_planes() -> None:
     assert (code.scales[1] < code.scales[0]).all()
     assert code.mean is not None
     drifted = weight[:, 7] + 0.5 * torch.randn(50, generator=torch.Generator().manual_seed(3))
-    found = code.assign(7, drifted)
-    assert torch.equal(found, code.values()[:, 7])
+    found = choose_column(code, 7, drifted)
     first, second = code.scales.float()
     choices = torch.stack([a * first + b * second for a in (1, -1) for b in (1, -1)]) + code.mean.float()
     nearest = (choices - drifted).abs().amin(0)

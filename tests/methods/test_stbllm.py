@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import signbit
+from choosing import choose_column
 from matrices import binarized, damped, half, hessian_of, random_factor, random_inputs, random_weight, skewed_weight
 from signbit import Recipe, SignbitError
 from signbit.calibration.hessian import Factor, factorize, quadratic
@@ -214,7 +215,7 @@ def test_assigning_never_brings_a_pruned_weight_back(mean: bool) -> None:
     kept = torch.rand(30, 24, generator=torch.Generator().manual_seed(0)) < 0.5
     code = quantize_group(weight, kept, torch.ones(24), StbllmOptions(mean=mean, column_search="weights"))
     for column in range(24):
-        assert not code.assign(column, torch.full((30,), 5.0))[~kept[:, column]].any()
+        assert not choose_column(code, column, torch.full((30,), 5.0))[~kept[:, column]].any()
     code.set_coefficients(torch.ones(len(code.features()), 30))
     assert not code.values()[~kept].any() and torch.equal(code.kept.T, kept)
     assert not code.features()[:, ~kept].any()
@@ -273,8 +274,7 @@ def test_reassigned_weights_get_the_nearest_value(mean: bool, regions: int) -> N
     means = torch.zeros_like(code.scales) if code.means is None else code.means
     for column in range(24):
         drifted = weight[:, column] + 0.5 * torch.randn(60, generator=torch.Generator().manual_seed(column))
-        found = code.assign(column, drifted)
-        assert torch.equal(found, code.values()[:, column])
+        found = choose_column(code, column, drifted)
         if code.salient[column]:
             sums = [a * code.scales[-1].float() + b * code.residual_scale.float() for a in (1, -1) for b in (1, -1)]
             choices = torch.stack(sums) + means[-1].float()

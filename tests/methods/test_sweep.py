@@ -6,9 +6,9 @@ from torch import Tensor
 
 from matrices import damped, hessian_of, random_factor, random_inputs, random_weight
 from signbit.calibration.hessian import Factor, factorize
-from signbit.methods import sweep as module
-from signbit.methods.descent import LAZY_COLUMNS
+from signbit.methods import rounding
 from signbit.methods.options import Feedback, SweepOptions
+from signbit.methods.rounding import Choices
 from signbit.methods.sweep import sweep
 
 
@@ -22,9 +22,11 @@ class Signs:
     def values(self) -> Tensor:
         return self.scale.unsqueeze(1) * self.signs
 
-    def assign(self, column: int, weights: Tensor) -> Tensor:
-        self.signs[:, column] = torch.where(weights < 0, -1.0, 1.0)
-        return self.scale * self.signs[:, column]
+    def choices(self) -> Choices:
+        return Choices.among([torch.stack([self.scale, -self.scale])], torch.zeros(self.signs.shape[1], 1))
+
+    def choose(self, places: Tensor) -> None:
+        self.signs = 1 - 2 * places.T.float()
 
 
 class Recorder:
@@ -66,10 +68,10 @@ def test_block_feedback_is_the_best_there_is(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [7, 16, 0])
-@pytest.mark.parametrize("lazy", [5, 128])
-def test_column_feedback_is_gptq(monkeypatch: pytest.MonkeyPatch, size: int, lazy: int) -> None:
+@pytest.mark.parametrize("turns", [5, 128])
+def test_column_feedback_is_gptq(monkeypatch: pytest.MonkeyPatch, size: int, turns: int) -> None:
     """Against the textbook loop: one column at a time, its error passed on to all columns after it at once."""
-    monkeypatch.setattr(module, "LAZY_COLUMNS", lazy)
+    monkeypatch.setattr(rounding, "TURNS", turns)
     weight, factor = random_weight(6, 33), random_factor(33)
     recorder, quantized = run(weight, factor, size, "column")
     inverse = torch.linalg.inv(damped(factor))
@@ -86,8 +88,8 @@ def test_column_feedback_is_gptq(monkeypatch: pytest.MonkeyPatch, size: int, laz
     assert close(quantized, expected)
 
 
-def test_groups_wider_than_the_lazy_batch() -> None:
-    width = 2 * LAZY_COLUMNS + 41
+def test_groups_wider_than_what_a_kernel_takes() -> None:
+    width = 2 * rounding.TURNS + 41
     weight, factor = random_weight(3, width), random_factor(width)
     _, quantized = run(weight, factor, 0, "column")
     work = weight.double()

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from signbit.calibration.hessian import Factor
+from signbit.methods.rounding import round_in_turn
 
 if TYPE_CHECKING:
     from signbit.methods.sweep import GroupCode
 
-# Columns that what was changed before them reaches in one matrix product (GPTQ's lazy batch).
-LAZY_COLUMNS = 32
 # Ridge on the normal equations, relative to their diagonal: features that are zero, or alike, must do no harm.
 _RIDGE = 1e-6
 
@@ -62,23 +61,8 @@ def descend_on(weight: Tensor, hessian: Tensor, groups: list[slice], codes: Sequ
 
 
 def _choose_again(product: Tensor, metric: Tensor, code: GroupCode) -> None:
-    """One round over the columns of one group; product: t H_bb [n, k] for the target t that the group has.
-
-    As in the sweep, a column takes what the changes of those before it have for it when its turn comes.
-    """
-    values = code.values()
-    diagonal = metric.diagonal().unsqueeze(1)
+    """One round over the columns of one group; product: t H_bb [n, k] for the target t that the group has."""
+    values, diagonal = code.values(), metric.diagonal().unsqueeze(1)
     gradient = (product - values @ metric).T
     values = values.T.contiguous()
-    targets = torch.addcdiv(values, gradient, diagonal)
-    changes = torch.zeros_like(values)
-    shares = (metric / -diagonal).tril(-1)
-    for start in range(0, len(values), LAZY_COLUMNS):
-        batch = slice(start, start + LAZY_COLUMNS)
-        targets[batch].addmm_(shares[batch, :start], changes[:start])
-        own = changes[batch].T
-        columns = zip(
-            *(x[batch].unbind() for x in (targets, values, changes)), shares[batch, batch].unbind(), strict=True
-        )
-        for j, (target, value, change, share) in enumerate(columns, start):
-            torch.sub(code.assign(j, target.addmv_(own, share)), value, out=change)
+    round_in_turn(code, torch.addcdiv(values, gradient, diagonal), (metric / -diagonal).tril(-1), values)

@@ -51,6 +51,7 @@ from signbit.layouts.bits import as_signs
 from signbit.layouts.haar import haar
 from signbit.layouts.haar_planes import SalientPart, code_values
 from signbit.methods.options import Method, SweepOptions
+from signbit.methods.rounding import Choices
 from signbit.methods.salience import salience, search_column_count
 from signbit.methods.split import Center, Scale, search_row_thresholds
 from signbit.methods.sweep import sweep
@@ -91,9 +92,6 @@ class HaarCode:
     own: tuple[bool, ...]
     dtype: torch.dtype
 
-    def __post_init__(self) -> None:
-        self._codebooks = self.codebooks.tolist()
-
     def values(self) -> Tensor:
         def of_columns(coefficients: Tensor) -> tuple[Tensor, Tensor]:
             return _pair(coefficients.index_select(0, self.codebooks))
@@ -101,20 +99,16 @@ class HaarCode:
         means = None if self.means is None else of_columns(self.means)
         return code_values(as_signs(self.negative), self.sparse.float(), of_columns(self.scales), means).T
 
-    def assign(self, column: int, weights: Tensor) -> Tensor:
-        """The nearest of four values. torch.where and copysign give what the layout's sum does, in fewer operations."""
-        codebook = self._codebooks[column]
-        low, high = _pair(self.scales[codebook])
-        first = second = weights + 0.0  # -0.0 is not negative
-        if self.means is not None:
-            low_mean, high_mean = _pair(self.means[codebook])
-            first, second = first - low_mean, second - high_mean
-        sparse = (first.abs() - low).abs() > (second.abs() - high).abs()
-        deviation = first if self.means is None else torch.where(sparse, second, first)
-        self.sparse[column] = sparse
-        self.negative[column] = deviation < 0
-        values = torch.where(sparse, high, low).copysign(deviation)
-        return values if self.means is None else values + torch.where(sparse, high_mean, low_mean)
+    def choices(self) -> Choices:
+        """A place's lower bit is the sign, the other the part."""
+        places = torch.arange(4, device=self.codebooks.device).unsqueeze(1)
+        signs, sparse = as_signs((places & 1).bool()), (places >> 1).float()
+        means = [None] * len(self.own) if self.means is None else [_pair(one) for one in self.means]
+        tables = [code_values(signs, sparse, _pair(one), mean) for one, mean in zip(self.scales, means, strict=True)]
+        return Choices.among(tables, self.codebooks.unsqueeze(1))
+
+    def choose(self, places: Tensor) -> None:
+        self.negative, self.sparse = places & 1 != 0, places & 2 != 0
 
     def features(self) -> Tensor:
         signs, sparse = as_signs(self.negative).T, self.sparse.float().T

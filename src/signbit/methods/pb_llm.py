@@ -53,6 +53,7 @@ from signbit.layouts.bits import as_floats, as_signs
 from signbit.layouts.partial import MAX_CODE_BITS, salient_values
 from signbit.methods.binarize import Binarized, binarize
 from signbit.methods.options import Feedback, Method, SweepOptions
+from signbit.methods.rounding import Choices, round_in_turn
 from signbit.methods.salience import salience
 from signbit.methods.sorting import kth_smallest
 from signbit.methods.sweep import sweep
@@ -62,8 +63,6 @@ from signbit.timing import phase
 _ERROR_ROUNDS = 3
 # The narrowest range that the search tries, as a fraction of that from the least to the greatest weight.
 _NARROWEST = 0.4
-# A weight of any sensible size times this is above -1 and below 1.
-_SIGN_ONLY = 2.0**-60
 
 
 class PBLLMOptions(SweepOptions):
@@ -113,10 +112,6 @@ class PartialCode:
     code_scale: Tensor
     code_offset: Tensor | None
 
-    def __post_init__(self) -> None:
-        self._half = torch.tensor(0.5)
-        self._rows: list[tuple[Tensor, ...]] | None = None
-
     @property
     def negative(self) -> Tensor:
         return self.level < 0
@@ -126,47 +121,28 @@ class PartialCode:
         return self.level.abs() - 0.5
 
     def values(self) -> Tensor:
-        # Bit for bit the layout's sums, so that packing changes nothing: halves of a doubled scale are exact.
-        step, _, *middle = self._tables()
-        values = step.mul_(self.level)
-        return (values.add_(middle[0]) if middle else values).T
-
-    def assign(self, column: int, weights: Tensor) -> Tensor:
-        if self._rows is None:
-            self._rows = list(zip(*(table.unbind() for table in (self.level, *self._tables())), strict=True))
-        level, step, *others = self._rows[column]
-        if column == len(self.level) - 1:
-            self._rows = None  # not to be kept longer than a round over the columns
-        self._choose(level, weights, *others)
-        values = level * step
-        return values.add_(others[1]) if self.mean is not None else values
-
-    def choose(self, weights: Tensor) -> None:
-        """The nearest values to the weights [k, n] of all columns."""
-        self._choose(self.level, weights, *self._tables()[1:])
-
-    def _choose(self, level: Tensor, weights: Tensor, per_step: Tensor, middle: Tensor | None = None) -> None:
-        """The nearest value of a weight is the middle of its step, floor + 1/2, unless that is beyond the last."""
-        if middle is None:
-            torch.mul(weights, per_step, out=level)
-        else:
-            torch.sub(weights, middle, out=level).mul_(per_step)
-        level.floor_().clamp_(-self.levels, self.levels - 1).add_(self._half)
-
-    def _tables(self) -> list[Tensor]:
-        """[k, n] each: the size of a step, how many steps there are to one, and the middles if there are any.
-
-        So little of a step that floor sees only the sign stands for two cases that have but a sign to choose: weights
-        that are not salient, and codes of a row with step 0, whose values are all alike.
-        """
-        step = self.code_scale.float()
-        per_step = torch.where(step >= torch.finfo(torch.float32).tiny, 1 / step, _SIGN_ONLY)
-        pairs = [(2 * self.scale.float(), step), (torch.full_like(step, _SIGN_ONLY), per_step)]
-        if self.mean is not None and self.code_offset is not None:
-            pairs.append((self.mean.float(), self.code_offset.float()))
         # lerp is exact at both ends, and many times faster than torch.where.
         salient = as_floats(self.salient)
-        return [torch.lerp(ordinary, coded, salient) for ordinary, coded in pairs]
+        return torch.lerp(self._ordinary(self.level), self._coded(self.level), salient).T
+
+    # The layout's sums, so that packing changes nothing: halves of a doubled scale are exact.
+
+    def _ordinary(self, level: Tensor) -> Tensor:
+        values = 2 * self.scale.float() * level
+        return values if self.mean is None else values + self.mean.float()
+
+    def _coded(self, level: Tensor) -> Tensor:
+        values = self.code_scale.float() * level
+        return values if self.code_offset is None else values + self.code_offset.float()
+
+    def choices(self) -> Choices:
+        lowest = torch.tensor([0.5, self.levels - 0.5]).neg_().to(self.level.device)
+        first = [self._ordinary(lowest[0]), self._coded(lowest[1])]
+        step = [2 * self.scale.float(), self.code_scale.float()]
+        return Choices.of_steps(first, step, [2, 2 * self.levels], self.salient)
+
+    def choose(self, places: Tensor) -> None:
+        self.level = places + torch.where(self.salient, 0.5 - self.levels, -0.5)
 
     def features(self) -> Tensor:
         salient = as_floats(self.salient)
@@ -178,7 +154,6 @@ class PartialCode:
 
     def set_coefficients(self, coefficients: Tensor) -> None:
         dtype = self.scale.dtype
-        self._rows = None
         signs = as_signs(coefficients[:2] < 0)
         self.level *= torch.where(self.salient, signs[1], signs[0])
         self.scale, self.code_scale = coefficients[:2].abs().to(dtype)
@@ -294,7 +269,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: PBLLMOptions) -> Pa
             level = torch.full_like(chosen, 0.5, dtype=torch.float32)
             code = PartialCode(level, chosen, levels, rest.scale, rest.mean, *codes)
             if options.feedback != "column":  # else the sweep chooses
-                code.choose(block.T)
+                round_in_turn(code, block.T.contiguous())
         return code
 
     codes = sweep(weight, factor, size, quantize_group, options)

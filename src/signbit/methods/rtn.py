@@ -27,6 +27,7 @@ from signbit.calibration.hessian import Factor
 from signbit.layouts import Integers
 from signbit.layouts.integers import middle, reconstruct
 from signbit.methods.options import Method, MethodOptions, SweepOptions
+from signbit.methods.rounding import Choices
 from signbit.methods.sweep import sweep
 from signbit.timing import phase
 
@@ -88,10 +89,12 @@ class IntegerCode:
     def values(self) -> Tensor:
         return reconstruct(self.levels, self.grid.steps.unsqueeze(1))
 
-    def assign(self, column: int, weights: Tensor) -> Tensor:
-        levels = self.grid.levels(weights)
-        self.levels[:, column] = levels
-        return reconstruct(levels, self.grid.steps)
+    def choices(self) -> Choices:
+        grid, which = self.grid, torch.zeros(self.levels.shape[1], 1, device=self.levels.device)
+        return Choices.of_steps([reconstruct(-grid.zeros, grid.steps)], [grid.steps], [2**grid.bits], which)
+
+    def choose(self, places: Tensor) -> None:
+        self.levels = (places - self.grid.zeros).T
 
     def features(self) -> Tensor:
         return self.levels.unsqueeze(0)

@@ -19,6 +19,7 @@ from signbit.layouts.bits import as_signs
 from signbit.layouts.sign_planes import reconstruct
 from signbit.methods.binarize import binarize
 from signbit.methods.options import Method, MethodOptions
+from signbit.methods.rounding import Choices
 from signbit.methods.sweep import sweep
 from signbit.timing import phase
 
@@ -54,23 +55,24 @@ class PlanesCode:
         self._scales, self._mean = self.scales.float(), None if self.mean is None else self.mean.float()
 
     def values(self) -> Tensor:
-        # The layout's own sum, so that packing changes nothing.
-        means = None if self._mean is None else self._mean.unsqueeze(1)
-        return reconstruct(as_signs(self.negative.mT), self._scales.unsqueeze(2), means)
+        return self._values(as_signs(self.negative.mT))
 
-    def assign(self, column: int, weights: Tensor) -> Tensor:
-        """Plane by plane the residual's sign. copysign gives what the layout's sum does, in fewer operations."""
-        residual = weights + 0.0  # -0.0 is not negative
-        if self._mean is not None:
-            residual = residual - self._mean
-        value = None
-        for negative, scale in zip(self.negative, self._scales, strict=True):
-            torch.lt(residual, 0, out=negative[column])
-            part = torch.copysign(scale, residual)
-            value = part if value is None else value + part
-            residual = residual - part
-        assert value is not None
-        return value if self._mean is None else value + self._mean
+    def _values(self, signs: Tensor) -> Tensor:
+        """Of signs [P, n or 1, k]; the layout's own sum, so that packing changes nothing."""
+        means = None if self._mean is None else self._mean.unsqueeze(1)
+        return reconstruct(signs, self._scales.unsqueeze(2), means)
+
+    def choices(self) -> Choices:
+        """Bit p of a place: whether plane p's sign is negative."""
+        planes, columns, _ = self.negative.shape
+        places = torch.arange(1 << planes, device=self.negative.device)
+        negative = torch.stack([places >> plane & 1 for plane in range(planes)]).unsqueeze(1)
+        which = torch.zeros(columns, 1, device=places.device)
+        return Choices.among([self._values(as_signs(negative.bool())).T], which)
+
+    def choose(self, places: Tensor) -> None:
+        for plane, negative in enumerate(self.negative):
+            torch.ne(places & 1 << plane, 0, out=negative)
 
     def features(self) -> Tensor:
         signs = as_signs(self.negative.mT)
@@ -80,11 +82,8 @@ class PlanesCode:
         if self.mean is not None:
             self.mean = coefficients[-1].to(self.mean.dtype)
         scales = coefficients[: len(self.scales)]
-        negative = self.negative ^ (scales < 0).unsqueeze(1)
-        # Larger scales first: then the greedy choice of signs is the nearest of all values.
-        sizes, order = scales.abs().sort(0, descending=True)
-        self.negative = negative.gather(0, order.unsqueeze(1).expand_as(negative))
-        self.scales = sizes.to(self.scales.dtype)
+        self.negative = self.negative ^ (scales < 0).unsqueeze(1)
+        self.scales = scales.abs().to(self.scales.dtype)
         self.__post_init__()
 
 

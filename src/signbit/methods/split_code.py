@@ -13,6 +13,7 @@ from torch import Tensor
 from signbit.layouts import SplitPlanes
 from signbit.layouts.bits import as_signs
 from signbit.layouts.split_planes import ordinary_values, salient_values, scaled
+from signbit.methods.rounding import Choices
 
 
 @dataclass
@@ -39,13 +40,12 @@ class SplitCode:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        self._is_salient = self.salient.tolist()
         self._marked = self.salient.nonzero().squeeze(1)
 
     @property
     def zones(self) -> int:
         """Zones of salient columns that there are coefficients of."""
-        return (1 + self.bitmap) if any(self._is_salient) else 0
+        return (1 + self.bitmap) if len(self._marked) else 0
 
     @property
     def scales(self) -> Tensor:
@@ -73,34 +73,35 @@ class SplitCode:
         return 2 + 2 * self.zones
 
     def values(self) -> Tensor:
-        values = self._ordinary(slice(None))
+        values = self._ordinary(slice(None), self.negative, self.sparse)
         if self.zones:
-            values[:, self._marked] = self._salient(self._marked)
+            planes = (plane[:, self._marked] for plane in (self.negative, self.residual, self.sparse))
+            values[:, self._marked] = self._salient(self._marked, *planes)
         return values
 
-    def assign(self, column: int, weights: Tensor) -> Tensor:
-        """The nearest of all values that a weight can have, its zone and its residual's sign included."""
-        at = slice(column, column + 1)
-        if self._is_salient[column]:
-            return self._assign_salient(at, weights.unsqueeze(1)).squeeze(1)
-        deviation = weights.unsqueeze(1) if self.means is None else weights.unsqueeze(1) - self.means
-        distance = (deviation.abs() - scaled(self.scales, self._columns(at, salient=False))).abs()
-        sparse = distance[1] < distance[0]
-        self.sparse[:, at] = sparse
-        self.negative[:, at] = (deviation if self.means is None else _choose(sparse, deviation)) < 0
-        return self._ordinary(at).squeeze(1)
+    def choices(self) -> Choices:
+        """A place's bits, the lowest first: the sign; of salient columns the residual's sign; the zone.
 
-    def _assign_salient(self, at: slice, weights: Tensor) -> Tensor:
-        deviation = weights if self.salient_means is None else weights - self.salient_means
-        first, second = scaled(self.salient_scales, self._columns(at, salient=True)).unbind(1)
-        negative, residual, distance = nearest_pair(deviation, first, second)
-        if self.bitmap:
-            sparse = distance[1] < distance[0]
-            self.sparse[:, at] = sparse
-            self.negative[:, at], self.residual[:, at] = _choose(sparse, negative), _choose(sparse, residual)
-        else:
-            self.negative[:, at], self.residual[:, at] = negative[0], residual[0]
-        return self._salient(at)
+        Columns with scales of their own have tables of their own.
+        """
+        marked, each = self._marked, self.columns is not None
+        places = torch.arange(8, device=marked.device).view(-1, 1, 1)
+        first, second, third = ((places >> bit & 1).bool() for bit in range(3))
+        tables = [*self._ordinary(slice(None) if each else slice(1), first[:4], second[:4]).permute(2, 0, 1)]
+        which = torch.arange(len(self.salient), device=marked.device)
+        if not each:
+            which.zero_()
+        if self.zones:
+            count, at = 4 * self.zones, marked if each else marked[:1]
+            doubled = self._salient(at, first[:count], second[:count], third[:count])
+            which[marked] = len(tables) + torch.arange(len(at), device=marked.device)
+            tables += doubled.permute(2, 0, 1)
+        return Choices.among(tables, which.unsqueeze(1))
+
+    def choose(self, places: Tensor) -> None:
+        first, second, third = (places.T >> bit & 1 != 0 for bit in range(3))
+        self.negative, self.residual = first, second & self.salient
+        self.sparse = torch.where(self.salient, third, second)
 
     def features(self) -> Tensor:
         signs, residual = as_signs(self.negative), as_signs(self.residual)
@@ -124,20 +125,15 @@ class SplitCode:
         coefficients[: self.scale_count].abs_()
         self.coefficients = coefficients.to(self.dtype).float()
 
-    # The layout's own sums, so that packing changes nothing.
+    # The layout's own sums, so that packing changes nothing: values of columns ``at``, given their bits.
 
-    def _ordinary(self, at: slice) -> Tensor:
+    def _ordinary(self, at: slice, negative: Tensor, sparse: Tensor) -> Tensor:
         scales = scaled(self.scales, self._columns(at, salient=False))
-        return ordinary_values(as_signs(self.negative[:, at]), self.sparse[:, at].float(), scales, self.means)
+        return ordinary_values(as_signs(negative), sparse.float(), scales, self.means)
 
-    def _salient(self, at: slice | Tensor) -> Tensor:
-        return salient_values(
-            as_signs(self.negative[:, at]),
-            as_signs(self.residual[:, at]),
-            self.sparse[:, at].float(),
-            scaled(self.salient_scales, self._columns(at, salient=True)),
-            self.salient_means,
-        )
+    def _salient(self, at: Tensor, negative: Tensor, residual: Tensor, sparse: Tensor) -> Tensor:
+        scales = scaled(self.salient_scales, self._columns(at, salient=True))
+        return salient_values(as_signs(negative), as_signs(residual), sparse.float(), scales, self.salient_means)
 
     def _columns(self, at: slice | Tensor, salient: bool) -> Tensor | None:
         """Scales of columns ``at``: [2, c], or of salient ones [Z, 2, c]."""
@@ -155,10 +151,6 @@ def nearest_pair(deviation: Tensor, first: Tensor, second: Tensor) -> tuple[Tens
     smaller, swapped = rest < 0, second > first
     distance = (rest.abs() - torch.minimum(first, second)).abs()
     return torch.where(swapped, smaller, larger), torch.where(swapped, larger, smaller), distance
-
-
-def _choose(second: Tensor, pair: Tensor) -> Tensor:
-    return torch.where(second, pair[1], pair[0])
 
 
 def pack(codes: list[SplitCode], group_size: int) -> SplitPlanes:

@@ -11,7 +11,7 @@ matrix is swept in groups of 128 columns. In a group, whose weights w already ca
    per row with its own scale and mean. p_1 is searched for the least error, p_2 = 2 p_1 (regions.py).
 4. The error, that of the pruned weights included, goes to the groups still to come (sweep.py).
 
-A pruned weight is in no region. So it is zero whatever becomes of the coefficients, and ``assign`` leaves it so in
+A pruned weight is in no region. So it is zero whatever becomes of the coefficients, and ``choices`` leaves it so in
 feedback, refits and passes.
 
 Paper and released code differ.
@@ -57,6 +57,7 @@ from signbit.methods.binarize import binarize
 from signbit.methods.options import Method, Survey, SweepOptions
 from signbit.methods.pruning import Importance, importance, keep_best
 from signbit.methods.regions import Cuts, search_cuts
+from signbit.methods.rounding import Choices
 from signbit.methods.salience import Salience, salience, search_column_count
 from signbit.methods.sweep import sweep
 from signbit.timing import phase
@@ -97,7 +98,7 @@ class StbllmOptions(SweepOptions):
 @dataclass
 class StructuredCode:
     """One group. kept, negative, residual: bool [k, n]; members: bool [P, k, n], the parts: regions, and salient
-    weights if any column is ``salient``; scales and means [P, n] and residual scale [n] in storage dtype.
+    weights if any column is ``salient`` (bool [k]); scales and means [P, n] and residual scale [n] in storage dtype.
 
     Columns come first, so that the column-by-column work is on runs of memory.
     """
@@ -106,13 +107,13 @@ class StructuredCode:
     negative: Tensor
     residual: Tensor
     members: Tensor
-    salient: list[bool]
+    salient: Tensor
     scales: Tensor
     means: Tensor | None
     residual_scale: Tensor
 
     def __post_init__(self) -> None:
-        self.regions = len(self.scales) - any(self.salient)
+        self.regions = len(self.scales) - int(self.salient.any())
         self._set_floats()
 
     def _set_floats(self) -> None:
@@ -120,55 +121,38 @@ class StructuredCode:
         self._means = None if self.means is None else self.means.float()
 
     def values(self) -> Tensor:
-        # The layout's own sum, so that packing changes nothing.
-        members, residual = self.members.mT.float(), None
-        if self.regions < len(self.scales):
-            residual = self._residual_scale.unsqueeze(1) * as_signs(self.residual.T) * members[-1]
+        return self._values(self.negative.T, self.members.mT.float(), self.residual.T)
+
+    def _values(self, negative: Tensor, members: Tensor, residual: Tensor | None) -> Tensor:
+        """The layout's own sum, so that packing changes nothing; bits [n or 1, k], members [P, n or 1, k]."""
+        part = None
+        if self.regions < len(self.scales) and residual is not None:
+            part = self._residual_scale.unsqueeze(1) * as_signs(residual) * members[-1]
         means = None if self._means is None else self._means.unsqueeze(2)
-        return kept_values(as_signs(self.negative.T), members, self._scales.unsqueeze(2), means, residual)
+        return kept_values(as_signs(negative), members, self._scales.unsqueeze(2), means, part)
 
-    def assign(self, column: int, weights: Tensor) -> Tensor:
-        """The nearest of a kept weight's values, its region or its residual's sign included; 0 for a pruned one.
+    def choices(self) -> Choices:
+        """A place's lowest bit is the sign, the others the region, or of salient weights the residual's sign. A pruned
+        weight has no choice."""
+        parts, device = len(self.scales), self.kept.device
+        places = torch.arange(2 * self.regions, device=device)
+        members = torch.nn.functional.one_hot(places >> 1, parts).T.float().unsqueeze(1)
+        tables = [self._values(places & 1 != 0, members, None)]
+        if self.regions < parts:
+            places = torch.arange(4, device=device)
+            members = torch.nn.functional.one_hot(torch.full_like(places, parts - 1), parts).T.float().unsqueeze(1)
+            tables.append(self._values(places & 1 != 0, members, places & 2 != 0))
+        tables.append(torch.zeros_like(tables[0][:, :1]))
+        which = torch.where(self.kept, self.salient.int().unsqueeze(1), len(tables) - 1)
+        return Choices.among([table.T for table in tables], which)
 
-        copysign gives what the layout's sum does, in fewer operations.
-        """
-        value = self._assign_salient if self.salient[column] else self._assign_region
-        return value(column, weights) * self.kept[column]
-
-    def _assign_salient(self, column: int, weights: Tensor) -> Tensor:
-        deviation = self._deviation(-1, weights)
-        # Taking the larger scale's sign first makes the greedy choice the nearest of the four values.
-        swapped = self._residual_scale > self._scales[-1]
-        larger = torch.copysign(torch.maximum(self._residual_scale, self._scales[-1]), deviation)
-        rest = deviation - larger
-        smaller = torch.copysign(torch.minimum(self._residual_scale, self._scales[-1]), rest)
-        self.negative[column] = torch.where(swapped, rest, deviation) < 0
-        self.residual[column] = torch.where(swapped, deviation, rest) < 0
-        value = larger + smaller
-        return value if self._means is None else value + self._means[-1]
-
-    def _assign_region(self, column: int, weights: Tensor) -> Tensor:
-        kept, members = self.kept[column], self.members[: self.regions, column]
-        deviation = self._deviation(0, weights)
-        part = torch.copysign(self._scales[0], deviation)
-        value = part if self._means is None else part + self._means[0]
-        if self.regions > 1:
-            distance = (deviation - part).abs_()
-            members[0] = kept
-        for region in range(1, self.regions):
-            other = self._deviation(region, weights)
-            part = torch.copysign(self._scales[region], other)
-            farther = (other - part).abs_()
-            closer = farther < distance
-            members[:region] &= ~closer
-            torch.logical_and(closer, kept, out=members[region])
-            value = torch.where(closer, part if self._means is None else part + self._means[region], value)
-            distance, deviation = torch.minimum(distance, farther), torch.where(closer, other, deviation)
-        torch.lt(deviation, 0, out=self.negative[column])
-        return value
-
-    def _deviation(self, part: int, weights: Tensor) -> Tensor:
-        return weights + 0.0 if self._means is None else weights - self._means[part]  # -0.0 is not negative
+    def choose(self, places: Tensor) -> None:
+        salient = self.salient.unsqueeze(1)
+        self.negative, second = places & 1 != 0, places >> 1
+        self.residual = (second != 0) & salient
+        ordinary = self.kept & ~salient
+        for region in range(self.regions):
+            torch.logical_and(second == region, ordinary, out=self.members[region])
 
     def features(self) -> Tensor:
         members, signs = self.members.mT.float(), as_signs(self.negative.T)
@@ -222,7 +206,7 @@ def quantize_group(weight: Tensor, kept: Tensor, diagonal: Tensor, options: Stbl
             negative=negative.T.contiguous(),
             residual=(residual & together[-1]).T.contiguous(),
             members=together.mT.contiguous(),
-            salient=salient.tolist(),
+            salient=salient,
             scales=torch.stack([part.scale for part in parts]),
             means=torch.stack([part.mean for part in parts if part.mean is not None]) if options.mean else None,
             residual_scale=residual_scale,

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from signbit.calibration.hessian import Factor
-from signbit.methods.descent import LAZY_COLUMNS, descend, least_squares
+from signbit.methods.descent import descend, least_squares
 from signbit.methods.options import SweepOptions
+from signbit.methods.rounding import Choices, round_in_turn
 from signbit.timing import phase
 
 
@@ -46,11 +47,15 @@ class GroupValues(Protocol):
 
 
 class GroupCode(GroupValues, Protocol):
-    """A decision that can be looked at again: a choice for each weight, and coefficients for each row, in which the
-    values are linear. ``feedback: column``, ``refits`` and ``passes`` need one."""
+    """A decision that can be looked at again: a choice for each weight (rounding.py), and coefficients for each row, in
+    which the values are linear. ``feedback: column``, ``refits`` and ``passes`` need one."""
 
-    def assign(self, column: int, weights: Tensor) -> Tensor:
-        """Choose one column's nearest values to these weights [n], coefficients frozen; its new values [n]."""
+    def choices(self) -> Choices:
+        """What each weight may become, coefficients as they are: to the bit what :meth:`values` says of it then."""
+        ...
+
+    def choose(self, places: Tensor) -> None:
+        """Take the values at these places of each weight's table, uint8 [k, n]."""
         ...
 
     def features(self) -> Tensor:
@@ -129,8 +134,7 @@ def _group_error(weight: Tensor, upper: Tensor, root: Tensor, code: GroupValues,
         if by_column:
             error = _quantize_columns(weight, upper, settled)
         else:
-            for j, column in enumerate(weight.unbind(1)):
-                settled.assign(j, column)
+            round_in_turn(settled, weight.T.contiguous())
     if error is not None:
         return error
     difference = weight - code.values()
@@ -138,23 +142,9 @@ def _group_error(weight: Tensor, upper: Tensor, root: Tensor, code: GroupValues,
 
 
 def _quantize_columns(weight: Tensor, upper: Tensor, code: GroupCode) -> Tensor:
-    """Quantize the columns of one group [n, k] one by one, each passing its error on to those after it; the error E.
-
-    Passing on is left to the receiver: when its turn comes, a column takes what all before it have for it, in one
-    product. That writes one column where handing out would write all that follow.
-    """
-    work = weight.T.contiguous()
-    changes = torch.zeros_like(work)
+    """Quantize the columns of one group [n, k] one by one, each passing its error on to those after it; the error E."""
     diagonal = upper.diagonal().unsqueeze(1)
-    # Column j takes -U_ij / U_ii of the change of column i.
-    shares = (upper / -diagonal).triu(1).T.contiguous()
-    for start in range(0, len(work), LAZY_COLUMNS):
-        batch = slice(start, start + LAZY_COLUMNS)
-        work[batch].addmm_(shares[batch, :start], changes[:start])
-        own = changes[batch].T
-        columns = zip(work[batch].unbind(), shares[batch, batch].unbind(), changes[batch].unbind(), strict=True)
-        for j, (column, share, change) in enumerate(columns, start):
-            column.addmv_(own, share)
-            torch.sub(column, code.assign(j, column), out=change)
+    # Column j takes U_ij / U_ii of the change of column i.
+    changes = round_in_turn(code, weight.T.contiguous(), (upper / diagonal).triu(1).T)
     # What this adds up to is (W - Q) U^-1, the formula for a block.
-    return changes.div_(diagonal).T
+    return changes.div_(-diagonal).T

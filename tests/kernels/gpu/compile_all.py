@@ -21,9 +21,10 @@ from triton.compiler import ASTSource
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+from choosing import random_rounding  # noqa: E402
 from kernels.test_cpu import MAKERS  # noqa: E402
 from signbit.kernels import triton as kernels  # noqa: E402
-from signbit.kernels.triton import launch, partial  # noqa: E402
+from signbit.kernels.triton import launch, partial, rounding  # noqa: E402
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32",
@@ -61,11 +62,14 @@ def compile_everything(targets: list[int]) -> list[dict[str, Any]]:
             compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
             row[f"sm_{target}"] = resources(compiled)
 
-    launch.start = partial.start = compile_instead  # type: ignore[attr-defined]
+    launch.start = partial.start = rounding.start = compile_instead  # type: ignore[attr-defined]
     for made in NAMES:
         layout = MAKERS[made](33, 576)
         for tokens, dtype in BATCHES:
             kernels.matmul(torch.zeros(tokens, 576, dtype=dtype), layout)
+    made = "columns in turn"
+    for even, each_weight, before in [(False, False, False), (False, True, True), (True, True, True)]:
+        random_rounding(33, 128, even=even, each_weight=each_weight, before=before).run(kernels.round_in_turn)
     return list(found.values())
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from choosing import random_rounding
 from kernels.test_cpu import MAKERS, check, random
 from signbit import SignbitError, kernels
 from signbit.kernels import dispatch, reference
@@ -265,3 +266,13 @@ def test_tuned_blocks_are_kept_and_taken(tmp_path: Path, monkeypatch: pytest.Mon
         tuning.blocks_for("sign_planes", (64, 64), 1, "sm_90")
     monkeypatch.undo()
     tuning.blocks_for.cache_clear()
+
+
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("each_weight", [False, True])
+@pytest.mark.parametrize(("shares", "before"), [(True, False), (True, True), (False, False)])
+def test_columns_are_rounded_in_turn(even: bool, each_weight: bool, shares: bool, before: bool) -> None:
+    for n, k in [(1, 1), (50, 7), (33, 40)]:
+        case = random_rounding(n, k, even=even, each_weight=each_weight, shares=shares, before=before)
+        case.run(gpu.round_in_turn, DEVICE)
+        case.check()

@@ -120,6 +120,37 @@ def dense(weight: Tensor) -> Any:
     return native.dense(*weight.shape, weight.data_ptr())
 
 
+def round_in_turn(
+    targets: Tensor,
+    shares: Tensor | None,
+    before: Tensor | None,
+    tables: Tensor,
+    counts: Tensor,
+    even: bool,
+    which: Tensor,
+    places: Tensor,
+    changes: Tensor,
+) -> bool:
+    """Columns in turn, as methods/rounding.py has it; whether it was done, which it is not without kernels."""
+    if not targets.is_cpu or not _available():
+        return False
+    k, n = targets.shape
+    native.round_in_turn(
+        n,
+        k,
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (targets, shares, before, tables, counts)),
+        tables.shape[1],
+        even,
+        which.data_ptr(),
+        which.stride(0),
+        which.stride(1) if which.shape[1] > 1 else 0,
+        places.data_ptr(),
+        changes.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return True
+
+
 def bound_products(layout: Layout, int8: bool) -> list[Callable[[], None]]:
     """Functions that multiply each matrix of a layout with a random token, no more than that; none without kernels."""
     bound: list[Callable[[], None]] = []

@@ -97,6 +97,7 @@ struct Dense {
 };
 
 struct Norm;
+struct Rounding;
 
 // What lies between the products of a decoder layer (decoder.h, decoder_steps.h).
 struct DecoderSteps {
@@ -124,6 +125,7 @@ struct Isa {
     Rows partial[2];
     Rows dense;
     DecoderSteps decoder;
+    void (*round_in_turn)(const Rounding& rounding, int64_t first);  // kRoundingRows rows (rounding.h)
 };
 
 extern const Isa kAvx512, kAvx2, kNeon, kPortable;

@@ -7,6 +7,7 @@
 #include "integers.h"
 #include "partial.h"
 #include "prepare.h"
+#include "rounding_rows.h"
 #include "sign_planes.h"
 #include "structured.h"
 
@@ -35,6 +36,7 @@ constexpr Isa isa_of(const char* name, bool (*supported)()) {
     isa.partial[1] = partial_rows<I, true>;
     isa.dense = dense_rows;
     isa.decoder = kDecoderSteps;
+    isa.round_in_turn = round_in_turn;
     return isa;
 }
 

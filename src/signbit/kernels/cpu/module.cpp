@@ -10,6 +10,7 @@
 #include "decoder.h"
 #include "dispatch.h"
 #include "matrices.h"
+#include "rounding.h"
 #include "sign_planes.h"
 #include "stream.h"
 #include "threads.h"
@@ -29,6 +30,21 @@ void step_at(const DecoderLayer& layer, uintptr_t x, uintptr_t y, uintptr_t cosi
     layer.step(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), reinterpret_cast<const float*>(cosines),
                reinterpret_cast<const float*>(sines),
                {reinterpret_cast<float*>(keys), reinterpret_cast<float*>(values), stride, tokens}, threads);
+}
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void round_at(int64_t n, int64_t k, uintptr_t targets, uintptr_t shares, uintptr_t before, uintptr_t tables,
+              uintptr_t counts, int64_t levels, bool even, uintptr_t which, int64_t which_columns, int64_t which_rows,
+              uintptr_t places, uintptr_t changes, int threads) {
+    if (k > kRoundingTurns) throw nb::value_error("too many columns");
+    round_in_turn({n, k, at<const float>(targets), at<const float>(shares), at<const float>(before),
+                   at<const float>(tables), at<const int32_t>(counts), levels, even, at<const int32_t>(which),
+                   which_columns, which_rows, at<uint8_t>(places), at<float>(changes)},
+                  active(), threads);
 }
 
 uint64_t stream_at(uintptr_t data, int64_t bytes, int threads) {
@@ -117,5 +133,6 @@ NB_MODULE(_native, module) {
     module.def("instruction_set", [] { return active().name; });
     module.def("choose", choose_by_name);
     module.def("thread_pool", thread_pool);
+    module.def("round_in_turn", round_at, nb::call_guard<nb::gil_scoped_release>());
     module.def("stream", stream_at, nb::call_guard<nb::gil_scoped_release>());
 }

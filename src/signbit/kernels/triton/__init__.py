@@ -4,6 +4,7 @@
     <layout>.py   the kernels of a layout, and what they take of its tensors
     launch.py     grids and forms: gemv for up to 8 tokens, gemm for more; tiles of rows unpacked for torch for many
     tuning.py     which blocks: shipped (blocks.json), measured on this machine, or tried out
+    rounding.py   no product: the columns of a matrix, while it is quantized
     sparse.py     matrices of at most 2 of 4 for sparse tensor cores; nothing goes there by itself
 
 A layout is prepared once, as for the CPU kernels, and again when one of its tensors has moved. No product waits for the
@@ -25,11 +26,12 @@ from triton.runtime.errors import OutOfResources
 from signbit.kernels.prepared import prepared_chains
 from signbit.kernels.triton import haar_planes, integers, partial, sign_planes, split_planes, structured
 from signbit.kernels.triton.launch import GEMV_TOKENS, Form, Product
+from signbit.kernels.triton.rounding import round_in_turn
 from signbit.kernels.triton.tuning import Blocks, architecture, blocks_for
 from signbit.layouts import HaarPlanes, Integers, Layout, Partial, SignPlanes, SplitPlanes, Structured
 from signbit.layouts.positions import STRIP_ROWS
 
-__all__ = ["DENSE_WEIGHTS", "UNPACK_TOKENS", "OutOfResources", "has_kernel", "matmul"]
+__all__ = ["DENSE_WEIGHTS", "UNPACK_TOKENS", "OutOfResources", "has_kernel", "matmul", "round_in_turn"]
 
 # Tokens from which on W is unpacked and torch multiplies. With 2048 tokens and plain signs in bfloat16, gemm did 190
 # TFLOP/s on an H200, and cuBLAS 790. Unpacking writes, and cuBLAS reads, two bytes a weight: at 4 TB/s that is a
