@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 from signbit import kernels
-from signbit.kernels import reference
+from signbit.kernels import operator, reference
 from signbit.layouts import Integers, Layout, SignPlanes
 from signbit.modules import QuantizedLinear
 
@@ -36,10 +39,10 @@ OPERATORS = ["matmul", "matmul_transposed"]
 def test_opcheck(make: type, name: str, dtype: torch.dtype) -> None:
     layout = make(20, 72)
     x = random(3, 72 if name == "matmul" else 20).to(dtype)
-    operator = getattr(torch.ops.signbit, name).default
+    product = getattr(torch.ops.signbit, name).default
     arguments = (list(layout.buffers()), layout.description, False)
-    torch.library.opcheck(operator, (x, *arguments))
-    torch.library.opcheck(operator, (x.requires_grad_(), *arguments))
+    torch.library.opcheck(product, (x, *arguments))
+    torch.library.opcheck(product, (x.requires_grad_(), *arguments))
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -112,3 +115,33 @@ def test_traced_by_torch_jit() -> None:
     linear, x = QuantizedLinear(sign_planes(20, 72)), random(3, 72)
     traced = torch.jit.trace(linear, x)
     torch.testing.assert_close(traced(2 * x), linear(2 * x))
+
+
+def test_what_is_known_of_tensors_follows_them() -> None:
+    """Changes in place, tensors swapped for others, and another reading of the same ones."""
+    layout, other, x = sign_planes(20, 72), sign_planes(20, 72), random(3, 72)
+    tensors = list(layout.buffers())
+    assert torch.equal(operator.matmul(x, tensors, layout.description, False), kernels.matmul(x, layout))
+    tensors[0].bitwise_not_()
+    changed = operator.matmul(x, tensors, layout.description, False)
+    torch.testing.assert_close(changed, x @ layout.dequantize().T, rtol=1e-4, atol=1e-4)
+    scales = tensors[1]
+    scales.data = 2 * scales
+    doubled = operator.matmul(x, tensors, layout.description, False)
+    torch.testing.assert_close(doubled, x @ layout.dequantize().T, rtol=1e-4, atol=1e-4)
+    first, *others = other.buffers()
+    first.copy_(tensors[0])
+    mixed = operator.matmul(x, [tensors[0], *others], layout.description, False)
+    torch.testing.assert_close(mixed, x @ other.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_kept_of_tensors_that_nobody_has() -> None:
+    layout = sign_planes(20, 72)
+    tensors, description = [one.clone() for one in layout.buffers()], layout.description
+    operator.matmul(random(3, 72), tensors, description, False)
+    operator.matmul(random(3, 72), tensors, description, False)
+    known = operator._KNOWN[tensors[0]].layout
+    alive = [weakref.ref(view) for view in known.buffers()]
+    del known, tensors
+    gc.collect()
+    assert all(one() is None for one in alive)

@@ -3,17 +3,23 @@
 ``signbit::matmul(x, tensors, layout, int8)`` is x W^T, where ``tensors`` are those of a layout in the order of its spec
 and ``layout`` is its description in JSON. ``signbit::matmul_transposed`` is g W, which is its gradient; each is the
 other's. Packed weights have no gradients.
+
+A call comes with tensors only, and what kernels know of them would have to be found out each time. So the layout around
+tensors that were met before is kept, for as long as somebody else keeps the tensors.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from signbit.kernels import dispatch, reference
 from signbit.layouts import Layout, LayoutSpec, parse_spec
@@ -68,6 +74,32 @@ def _parse(layout: str) -> tuple[type[Layout], LayoutSpec]:
     return parse_spec("signbit::matmul", json.loads(layout))
 
 
-def _layout(layout: str, tensors: Sequence[Tensor]) -> Layout:
-    kind, spec = _parse(layout)
-    return kind.around(spec, tensors)
+@dataclass
+class _Known:
+    """The layout of tensors that were met. It holds views of them, so that they go when nobody else has them."""
+
+    description: str
+    tensors: list[ReferenceType[Tensor]]
+    layout: Layout
+
+    def is_of(self, description: str, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same, in the same places; what has changed in them kernels look at themselves."""
+        return self.description == description and all(
+            one() is tensor and view.data_ptr() == tensor.data_ptr()
+            for one, tensor, view in zip(self.tensors, tensors, self.layout.buffers(), strict=True)
+        )
+
+
+# By the first tensor of each.
+_KNOWN: Any = WeakTensorKeyDictionary()
+
+
+def _layout(description: str, tensors: Sequence[Tensor]) -> Layout:
+    first = tensors[0]
+    known = _KNOWN.get(first)
+    if known is None or not known.is_of(description, tensors):
+        kind, spec = _parse(description)
+        layout = kind.around(spec, [tensor.detach() for tensor in tensors])
+        known = _KNOWN[first] = _Known(description, [ref(tensor) for tensor in tensors], layout)
+    found: Layout = known.layout
+    return found
