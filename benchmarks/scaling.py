@@ -1,28 +1,33 @@
 """Memory and time of quantizing against a model's size: the peak must not grow with depth, nor the cost per weight.
 
     python benchmarks/scaling.py [--models 20x2048x5632 40x2048x5632] [--recipe billm] [--samples 8] [--seqlen 256]
-        [--folder DIR]
+        [--device cuda] [--folder DIR]
 
 A model is LAYERSxHIDDENxINTERMEDIATE. Writes random Llama-shaped models (bfloat16, sharded) to disk, one at a time,
 quantizes each in a process of its own and prints its weights, peak resident memory, and processor seconds per billion
 weights (with OMP_NUM_THREADS=1 they are what an idle machine takes); ratios are to the first row. RECIPE is a preset or
-a YAML file. The default models have 1.0 and 2.1 billion weights to quantize.
+a YAML file. The default models have 1.0 and 2.1 billion weights to quantize. On a GPU it is the GPU's memory and the
+time on the clock, the text read included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from signbit.cli import main as signbit_main
 
 VOCABULARY = 4096
 
@@ -79,20 +84,25 @@ def random_text() -> str:
 
 
 def quantize(model: Path, out: Path, text: Path, arguments: argparse.Namespace) -> tuple[float, float]:
-    """(processor seconds, peak resident GiB) of ``signbit quantize`` in a process of its own."""
-    command = [sys.executable, "-m", "signbit", "quantize", str(model), "--out", str(out), "--device", "cpu"]
-    command += ["--recipe", arguments.recipe, "--calib", str(text)]
-    command += ["--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen)]
-    script = (
-        "import resource, subprocess, sys\n"
-        "status = subprocess.call(sys.argv[1:])\n"
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(used.ru_utime + used.ru_stime, used.ru_maxrss)\n"
-        "sys.exit(status)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, *command], stdout=subprocess.PIPE, check=True, text=True)
+    """(seconds, peak GiB) of ``signbit quantize`` in a process of its own: of the processor, or of a GPU."""
+    command = ["quantize", str(model), "--out", str(out), "--device", arguments.device, "--recipe", arguments.recipe]
+    command += ["--calib", str(text), "--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen)]
+    # This file, in a process that has nothing else in memory.
+    measured = [sys.executable, __file__, "--measured", *command]
+    done = subprocess.run(measured, stdout=subprocess.PIPE, check=True, text=True)
     seconds, peak = done.stdout.split()[-2:]
-    return float(seconds), int(peak) / 2**20
+    return float(seconds), float(peak)
+
+
+def run_measured(command: list[str]) -> int:
+    """Run signbit's command line here; prints seconds and peak GiB, and returns its exit status."""
+    start, status = time.perf_counter(), signbit_main(command)
+    if "cuda" in command:
+        print(time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30)
+    else:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        print(used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20)
+    return status
 
 
 def main() -> None:
@@ -101,9 +111,10 @@ def main() -> None:
     parser.add_argument("--recipe", default="billm")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--folder", type=Path, help="where the models are written; a temporary folder by default")
     arguments = parser.parse_args()
-    print("| model | weights (billions) | peak GiB | to first | CPU s per billion weights | to first |")
+    print("| model | weights (billions) | peak GiB | to first | s per billion weights | to first |")
     print("|---|---|---|---|---|---|", flush=True)
     first: tuple[float, float] | None = None
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -124,4 +135,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measured"]:
+        sys.exit(run_measured(sys.argv[2:]))
     main()
