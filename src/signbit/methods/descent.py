@@ -39,7 +39,8 @@ def least_squares(features: Tensor, product: Tensor, metric: Tensor) -> Tensor:
     normal = torch.einsum("fnk,gnk->nfg", features @ metric, features)
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += _RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(normal.dtype).tiny
-    return torch.linalg.solve(normal, right.unsqueeze(2)).squeeze(2).T
+    # solve itself would wait for a GPU to say whether all matrices have an inverse, as with the ridge they have.
+    return torch.linalg.solve_ex(normal, right.unsqueeze(2))[0].squeeze(2).T
 
 
 def descend(weight: Tensor, factor: Factor, groups: list[slice], codes: Sequence[GroupCode], passes: int) -> None:
