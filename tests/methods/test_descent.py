@@ -45,7 +45,7 @@ class Levels:
 def fit(weight: Tensor, columns: slice) -> Levels:
     mean = weight.abs().mean(1, keepdim=True)
     code = Levels(torch.cat([0.5 * mean, 1.5 * mean], dim=1), weight < 0, torch.zeros_like(weight, dtype=torch.bool))
-    round_in_turn(code, weight.T.contiguous())
+    round_in_turn(code, weight.T)
     return code
 
 

@@ -195,7 +195,7 @@ def test_weights_beyond_the_range_take_its_end(mean: bool) -> None:
     scale, offset = fit_codes(weight, everything, everything, torch.ones(8), PBLLMOptions(code_bits=3, mean=mean))
     zero = torch.zeros_like(scale)
     code = new_code(everything, 4, zero, zero if mean else None, scale, offset)
-    round_in_turn(code, 100 * weight.T.contiguous())
+    round_in_turn(code, 100 * weight.T)
     assert torch.allclose(code.values(), weight.sign(), atol=1e-3)
 
 
@@ -374,7 +374,7 @@ def test_a_searched_range_has_less_error(mean: bool) -> None:
         scale, offset = fit_codes(weight, everything, everything, importance, options)
         zero = torch.zeros_like(scale)
         code = new_code(everything, 4, zero, zero if mean else None, scale, offset)
-        round_in_turn(code, weight.T.contiguous())
+        round_in_turn(code, weight.T)
         losses.append(((code.values() - weight).square() * importance).sum(1))
     assert (losses[1] <= losses[0]).all() and (losses[2] <= losses[1]).all()
     assert losses[1].sum() < 0.8 * losses[0].sum()

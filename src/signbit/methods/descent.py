@@ -63,7 +63,6 @@ def descend_on(weight: Tensor, hessian: Tensor, groups: list[slice], codes: Sequ
 
 def _choose_again(product: Tensor, metric: Tensor, code: GroupCode) -> None:
     """One round over the columns of one group; product: t H_bb [n, k] for the target t that the group has."""
-    values, diagonal = code.values(), metric.diagonal().unsqueeze(1)
-    gradient = (product - values @ metric).T
-    values = values.T.contiguous()
-    round_in_turn(code, torch.addcdiv(values, gradient, diagonal), (metric / -diagonal).tril(-1), values)
+    values, diagonal = code.values(), metric.diagonal()
+    targets = values + (product - values @ metric) / diagonal
+    round_in_turn(code, targets.T, (metric / -diagonal.unsqueeze(1)).tril(-1), values.T)

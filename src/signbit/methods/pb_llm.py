@@ -269,7 +269,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: PBLLMOptions) -> Pa
             level = torch.full_like(chosen, 0.5, dtype=torch.float32)
             code = PartialCode(level, chosen, levels, rest.scale, rest.mean, *codes)
             if options.feedback != "column":  # else the sweep chooses
-                round_in_turn(code, block.T.contiguous())
+                round_in_turn(code, block.T)
         return code
 
     codes = sweep(weight, factor, size, quantize_group, options)

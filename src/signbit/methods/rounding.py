@@ -74,17 +74,19 @@ def round_in_turn(
 ) -> Tensor:
     """Choose for all columns of ``code``; their changes c [k, n].
 
-    All float32. targets: t [k, n], contiguous; is changed. shares: S [k, k], zero but below the diagonal; None: columns
-    are rounded each by itself. before: b [k, n], contiguous; None: changes are from the targets, after what they took.
+    All float32. targets: t [k, n]. shares: S [k, k], zero but below the diagonal; None: columns are rounded each by
+    itself. before: b [k, n]; None: changes are from the targets, after what they took.
     """
-    choices = code.choices()
+    choices, targets = code.choices(), targets.contiguous()
+    before = None if before is None else before.contiguous()
     places, changes = torch.empty_like(targets, dtype=torch.uint8), torch.zeros_like(targets)
     for start in range(0, len(targets), TURNS):
         turns = slice(start, start + TURNS)
         target, inner = targets[turns], None
         if shares is not None:
-            target.addmm_(shares[turns, :start], changes[:start])
             inner = shares[turns, turns].contiguous()
+            if start:
+                target = torch.addmm(target, shares[turns, :start], changes[:start])
         was = None if before is None else before[turns]
         _round(target, inner, was, choices, choices.which[turns], places[turns], changes[turns])
     code.choose(places)

@@ -134,7 +134,7 @@ def _group_error(weight: Tensor, upper: Tensor, root: Tensor, code: GroupValues,
         if by_column:
             error = _quantize_columns(weight, upper, settled)
         else:
-            round_in_turn(settled, weight.T.contiguous())
+            round_in_turn(settled, weight.T)
     if error is not None:
         return error
     difference = weight - code.values()
@@ -145,6 +145,6 @@ def _quantize_columns(weight: Tensor, upper: Tensor, code: GroupCode) -> Tensor:
     """Quantize the columns of one group [n, k] one by one, each passing its error on to those after it; the error E."""
     diagonal = upper.diagonal().unsqueeze(1)
     # Column j takes U_ij / U_ii of the change of column i.
-    changes = round_in_turn(code, weight.T.contiguous(), (upper / diagonal).triu(1).T)
+    changes = round_in_turn(code, weight.T, (upper / diagonal).triu(1).T)
     # What this adds up to is (W - Q) U^-1, the formula for a block.
     return changes.div_(-diagonal).T
