@@ -1,8 +1,9 @@
 """The best recipes by budget of stored bits, measured: the table of docs/frontier.md and what ``--bits`` chooses from.
 
     python benchmarks/frontier.py demo --calib train.txt --text test.txt [--text c4.jsonl] --out DIR [--budget 1.0 ...]
+        [--recipe frontier-fast]
 
-Each budget's recipe quantizes MODEL into DIR, or goes on where an earlier run of this command stopped; what is
+The recipe with each budget quantizes MODEL into DIR, or goes on where an earlier run of this command stopped; what is
 finished is evaluated on the first 20 windows of 2048 tokens of each text. Results are kept in DIR/frontier.json, which
 holds what signbit/recipes/frontier.json is to hold, and printed as a table.
 """
@@ -23,14 +24,11 @@ import signbit
 from signbit.console import ConsoleProgress
 from signbit.safetensors_file import write_text
 
-# budget: (preset, changed keys)
-RECIPES: dict[float, tuple[str, dict[str, Any]]] = {
-    budget: ("frontier", {"bits": budget}) for budget in (0.55, 0.8, 1.0, 1.5, 2.3)
-}
+BUDGETS = (0.55, 0.8, 1.0, 1.5, 2.3)
 
 
 def measure(budget: float, original: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
-    preset, changes = RECIPES[budget]
+    preset, changes = arguments.recipe, {"bits": budget}
     out, started = arguments.out / f"{budget:g}", time.perf_counter()
     recipe = signbit.Recipe.load(preset, {"calib": arguments.calib, **changes})
     signbit.quantize(arguments.model, out, recipe, resume=True, progress=ConsoleProgress())
@@ -71,7 +69,8 @@ def main() -> int:
     parser.add_argument("--calib", required=True, help="calibration text")
     parser.add_argument("--text", required=True, action="append", help="evaluation text; may be given more than once")
     parser.add_argument("--out", required=True, type=Path, help="where checkpoints and results are kept")
-    parser.add_argument("--budget", type=float, nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--budget", type=float, nargs="+", choices=BUDGETS, default=list(BUDGETS))
+    parser.add_argument("--recipe", default="frontier", help="a preset with the key bits")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

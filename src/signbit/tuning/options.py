@@ -45,7 +45,7 @@ class TuneOptions(BaseModel):
             "micro_batch": math.gcd(self.distill_batch, 4),
             "signs": False,
             "lr": self.distill_lr,
-            "warmup": min(10, self.distill - 1),
+            "warmup": min(10, self.distill // 6),
             "heldout": 4,
             "precision": self.precision,
         }
