@@ -7,8 +7,8 @@ A token costs r (n + m) multiplications a path, not n m. With dy = dL/dy, ste' t
 
     E = sum over tokens of dy z^T  [n, r]       dh_i = sum over k of U_ik E_ik        dA = h_i E_ik ste'(a_ik)
     dz = U^T (h o dy)                           dl   = sum over tokens of dz o t
-    F = sum over tokens of (l o dz) x^T  [r, m] dg_j = sum over k of V_kj F_kj        dB = F_kj g_j ste'(b_kj)
-    dx = g o V^T (l o dz)
+    dv = V^T (l o dz)   dx = g o dv             dg   = sum over tokens of x o dv
+    F = sum over tokens of (l o dz) x^T  [r, m]                                       dB = F_kj g_j ste'(b_kj)
 
 Nothing is kept between the passes but x, t, and the operands, which are there anyway.
 
@@ -69,42 +69,26 @@ class _Product(torch.autograd.Function):
         of_x, _, of_A, of_B, of_h, of_inner, of_g = ctx.needs_input_grad
         tokens = gradient.flatten(0, -2)
         x, t = x.flatten(0, -2), t.flatten(0, -2)
-        found: dict[str, Tensor] = {}
+        dx = dA = dB = dh = dg = None
         if of_A or of_h:
-            found |= _of_signs(A, (tokens.T @ _times(t, inner)).float(), h, 0, ctx.estimator, of_A, of_h)
-        dA, dh = found.pop("latent", None), found.pop("scale", None)
+            E = (tokens.T @ _times(t, inner)).float()
+            dh = (sgn(A) * E).sum(1) if of_h else None
+            dA = sgn_gradient(A, _times(E, None if h is None else h.unsqueeze(1)), ctx.estimator) if of_A else None
         dz = _times(tokens, h) @ sgn(A).to(x.dtype)
         d_inner = (dz.float() * t.float()).sum(0) if of_inner else None
         dt = _times(dz, inner)
-        if of_B or of_g:
-            found |= _of_signs(B, (dt.T @ x).float(), g, 1, ctx.estimator, of_B, of_g)
-        dB, dg = found.pop("latent", None), found.pop("scale", None)
-        dx = _times(dt @ sgn(B).to(x.dtype), g).view(*gradient.shape[:-1], x.shape[1]) if of_x else None
+        if of_x or of_g:
+            dv = dt @ sgn(B).to(x.dtype)
+            dg = (dv.float() * x.float()).sum(0) if of_g else None
+            dx = _times(dv, g).view(*gradient.shape[:-1], x.shape[1]) if of_x else None
+        if of_B:
+            dB = sgn_gradient(B, _times((dt.T @ x).float(), g), ctx.estimator)
         return dx, None, dA, dB, dh, d_inner, dg
 
 
 def _times(x: Tensor, scale: Tensor | None) -> Tensor:
     """In x's dtype; the product itself in the scale's."""
     return x if scale is None else (x * scale).to(x.dtype)
-
-
-def _of_signs(
-    latent: Tensor,
-    gradient: Tensor,
-    scale: Tensor | None,
-    dim: int,
-    estimator: Estimator,
-    of_latent: bool,
-    of_scale: bool,
-) -> dict[str, Tensor]:
-    """Gradients of a factor's latent weights and of the scale along ``dim``, from that of what they multiply to."""
-    found = {}
-    if of_scale:
-        found["scale"] = (sgn(latent) * gradient).sum(1 - dim)
-    if of_latent:
-        scaled = gradient if scale is None else gradient * scale.unsqueeze(1 - dim)
-        found["latent"] = sgn_gradient(latent, scaled, estimator)
-    return found
 
 
 class _Sign(torch.autograd.Function):
