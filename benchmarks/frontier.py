@@ -4,8 +4,8 @@
         [--recipe frontier-fast]
 
 The recipe with each budget quantizes MODEL into DIR, or goes on where an earlier run of this command stopped; what is
-finished is evaluated on the first 20 windows of 2048 tokens of each text. Results are kept in DIR/frontier.json, which
-holds what signbit/recipes/frontier.json is to hold, and printed as a table.
+finished is evaluated on the first 20 windows of 2048 tokens of each text. Results are kept in DIR/frontier.json, whose
+rows of the recipe ``frontier`` are what signbit/recipes/frontier.json is to hold, and printed as a table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BUDGETS = (0.55, 0.8, 1.0, 1.5, 2.3)
 
 def measure(budget: float, original: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
     preset, changes = arguments.recipe, {"bits": budget}
-    out, started = arguments.out / f"{budget:g}", time.perf_counter()
+    out, started = arguments.out / preset / f"{budget:g}", time.perf_counter()
     recipe = signbit.Recipe.load(preset, {"calib": arguments.calib, **changes})
     signbit.quantize(arguments.model, out, recipe, resume=True, progress=ConsoleProgress())
     minutes = (time.perf_counter() - started) / 60
@@ -57,7 +57,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ["---"] * (4 + len(texts)),
         ["original", "", "16", *(f"{rows[0]['original'][text]:,}" for text in texts), ""],
     ]
-    for row in sorted(rows, key=lambda row: row["budget"]):
+    for row in sorted(rows, key=lambda row: (row["recipe"], row["budget"])):
         found = [f"{row['perplexity'][text]:,}" for text in texts]
         lines.append([f"{row['budget']:g}", row["recipe"], f"{row['stored']:.3f}", *found, f"{row['minutes']:g}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -77,7 +77,8 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     kept = arguments.out / "frontier.json"
     rows: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
-    missing = [budget for budget in arguments.budget if budget not in {row["budget"] for row in rows}]
+    done = {row["budget"] for row in rows if row["recipe"] == arguments.recipe}
+    missing = [budget for budget in arguments.budget if budget not in done]
     if missing:
         original = rows[0]["original"] if rows else perplexities(arguments.model, arguments)
         for budget in missing:

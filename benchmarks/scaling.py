@@ -87,8 +87,9 @@ def quantize(model: Path, out: Path, text: Path, arguments: argparse.Namespace) 
     """(seconds, peak GiB) of ``signbit quantize`` in a process of its own: of the processor, or of a GPU."""
     command = ["quantize", str(model), "--out", str(out), "--device", arguments.device, "--recipe", arguments.recipe]
     command += ["--calib", str(text), "--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen)]
-    # This file, in a process that has nothing else in memory.
-    measured = [sys.executable, __file__, "--measured", *command]
+    # A process starts with the peak of the one that started it: one in between has none to speak of.
+    between = [sys.executable, "-c", "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"]
+    measured = [*between, sys.executable, __file__, "--measured", *command]
     done = subprocess.run(measured, stdout=subprocess.PIPE, check=True, text=True)
     seconds, peak = done.stdout.split()[-2:]
     return float(seconds), float(peak)

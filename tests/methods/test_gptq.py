@@ -12,6 +12,7 @@ from signbit.layouts.fields import unpack_fields
 from signbit.methods import gptq, rtn
 from signbit.methods.gptq import GPTQOptions
 from signbit.methods.options import Feedback
+from signbit.methods.rounding import round_in_turn
 from signbit.methods.rtn import IntegerCode, RTNOptions
 from signbit.recipe import Recipe
 
@@ -166,3 +167,12 @@ def test_deterministic() -> None:
 def test_needs_a_hessian() -> None:
     with pytest.raises(ValueError, match="Hessian"):
         gptq.quantize(random_weight(2, 8), None, GPTQOptions())
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_rows_of_zeros_stay_so_whatever_is_chosen(mean: bool) -> None:
+    weight = random_weight(6, 24)
+    weight[2] = 0
+    code = IntegerCode.fit(weight, RTNOptions(bits=3, mean=mean))
+    round_in_turn(code, random_weight(24, 6, seed=1))
+    assert not code.levels[2].any() and not code.values()[2].any()

@@ -112,3 +112,20 @@ def test_tables_of_different_sizes() -> None:
     choices = Choices.among([torch.ones(2, 3), torch.ones(4, 3)], torch.tensor([[0], [1], [1]]))
     assert choices.tables.shape == (2, 4, 3) and choices.counts.tolist() == [2, 4]
     assert choices.which.shape == (3, 1) and choices.which.dtype == torch.int32
+
+
+@pytest.mark.parametrize("round_columns", IMPLEMENTATIONS)
+def test_of_values_alike_a_target_below_them_gets_the_last(round_columns: Callable[..., object]) -> None:
+    """So signs of a scale of 0 are those of what is left."""
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 0.0]).unsqueeze(1)
+    case = random_rounding(5, 1, shares=False)
+    case.choices = Choices.among([signs.expand(6, 5)], torch.zeros(1, 1))
+    case.targets = torch.tensor([[1.5, 0.75, -1.5, -0.75, 0.0]])
+    case.run(round_columns)
+    assert case.places.tolist() == [[0, 2, 3, 1, 4]]
+
+
+def test_other_dtypes_are_refused() -> None:
+    code = Recorded(torch.ones(2, 3), 4)
+    with pytest.raises(TypeError, match="float32, got .*float64"):
+        round_in_turn(code, torch.ones(4, 3, dtype=torch.float64))

@@ -4,8 +4,9 @@
 and ``layout`` is its description in JSON. ``signbit::matmul_transposed`` is g W, which is its gradient; each is the
 other's. Packed weights have no gradients.
 
-A call comes with tensors only, and what kernels know of them would have to be found out each time. So the layout around
-tensors that were met before is kept, for as long as somebody else keeps the tensors.
+A call comes with tensors only, and what kernels know of them would have to be found out each time. So on a CPU the
+layout around tensors that were met before is kept, for as long as somebody else keeps the first of them. On a GPU it is
+not: what is made of them while a CUDA graph is prepared may lie in that graph's own memory.
 """
 
 from __future__ import annotations
@@ -76,16 +77,16 @@ def _parse(layout: str) -> tuple[type[Layout], LayoutSpec]:
 
 @dataclass
 class _Known:
-    """The layout of tensors that were met. It holds views of them, so that they go when nobody else has them."""
+    """The layout of tensors that were met. It holds views of them, so that they are not what keeps them alive."""
 
     description: str
     tensors: list[ReferenceType[Tensor]]
     layout: Layout
 
     def is_of(self, description: str, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same, in the same places; what has changed in them kernels look at themselves."""
+        """Whether these are the same, with the same memory; what has changed in it kernels look at themselves."""
         return self.description == description and all(
-            one() is tensor and view.data_ptr() == tensor.data_ptr()
+            one() is tensor and view.is_set_to(tensor)
             for one, tensor, view in zip(self.tensors, tensors, self.layout.buffers(), strict=True)
         )
 
@@ -95,10 +96,11 @@ _KNOWN: Any = WeakTensorKeyDictionary()
 
 
 def _layout(description: str, tensors: Sequence[Tensor]) -> Layout:
-    first = tensors[0]
+    (kind, spec), first = _parse(description), tensors[0]
+    if not first.is_cpu:
+        return kind.around(spec, tensors)
     known = _KNOWN.get(first)
     if known is None or not known.is_of(description, tensors):
-        kind, spec = _parse(description)
         layout = kind.around(spec, [tensor.detach() for tensor in tensors])
         known = _KNOWN[first] = _Known(description, [ref(tensor) for tensor in tensors], layout)
     found: Layout = known.layout

@@ -9,7 +9,9 @@ and changes from the values before, it is a round of coordinate descent (descent
 do not: in C++ and in Triton a few rows go through all columns at a time.
 
 A code says what its weights may become as :class:`Choices`, tables of values, and is told the places in them. So codes
-need not know how the nearest is found, and what finds it need not know codes.
+need not know how the nearest is found, and what finds it need not know codes. Of values that are alike, as those with
+either sign of a scale of 0, a target below them gets the last and any other the first: with positive signs first in a
+table, that is still the sign of what is left, from which a fit can bring the scale back.
 """
 
 from __future__ import annotations
@@ -79,6 +81,9 @@ def round_in_turn(
     """
     choices, targets = code.choices(), targets.contiguous()
     before = None if before is None else before.contiguous()
+    # Kernels take addresses.
+    if any(one is not None and one.dtype != torch.float32 for one in (targets, shares, before, choices.tables)):
+        raise TypeError(f"columns are rounded in float32, got {targets.dtype} and values in {choices.tables.dtype}")
     places, changes = torch.empty_like(targets, dtype=torch.uint8), torch.zeros_like(targets)
     for start in range(0, len(targets), TURNS):
         turns = slice(start, start + TURNS)
@@ -135,7 +140,10 @@ def reference(
 def _nearest(target: Tensor, values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     beyond = torch.arange(values.shape[1], device=values.device) >= count.unsqueeze(1)
     place = (values - target.unsqueeze(1)).abs().masked_fill(beyond, torch.inf).argmin(1, keepdim=True)
-    return place.squeeze(1), values.gather(1, place).squeeze(1)
+    value = values.gather(1, place)
+    alike = (values == value) & ~beyond
+    last = values.shape[1] - 1 - alike.flip(1).int().argmax(1)
+    return torch.where(target < value.squeeze(1), last, place.squeeze(1)), value.squeeze(1)
 
 
 def _nearest_step(target: Tensor, table: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,8 @@ class IntegerCode:
         return Choices.of_steps([reconstruct(-grid.zeros, grid.steps)], [grid.steps], [2**grid.bits], which)
 
     def choose(self, places: Tensor) -> None:
-        self.levels = (places - self.grid.zeros).T
+        # A row with a scale of 0 stays at zero: nothing may be made of its choices later.
+        self.levels = ((places - self.grid.zeros) * (self.grid.steps > 0)).T
 
     def features(self) -> Tensor:
         return self.levels.unsqueeze(0)

@@ -255,7 +255,7 @@ def quantize(weight: Tensor, factor: Factor | None, options: StbllmOptions) -> S
 
 def _pack(codes: Sequence[StructuredCode], options: StbllmOptions, size: int) -> Structured:
     regions = options.regions
-    marked = [code for code in codes if any(code.salient)]
+    marked = [code for code in codes if code.salient.any()]
     nothing = codes[0].residual_scale.unsqueeze(1)[:, :0]
     salient_scales = [torch.stack([code.scales[-1], code.residual_scale], dim=1) for code in marked]
     salient_means = [code.means[-1] for code in marked if code.means is not None]
@@ -268,7 +268,7 @@ def _pack(codes: Sequence[StructuredCode], options: StbllmOptions, size: int) ->
         of=options.of,
         negative=torch.cat([code.negative for code in codes]).T,
         region=torch.cat(region).T.to(torch.uint8),
-        salient=torch.tensor([salient for code in codes for salient in code.salient], device=nothing.device),
+        salient=torch.cat([code.salient for code in codes]),
         scales=torch.stack([code.scales[:regions].T for code in codes], dim=1),
         means=torch.stack(means, dim=1) if options.mean else None,
         salient_scales=torch.stack(salient_scales, dim=1) if marked else nothing.unsqueeze(2).expand(-1, 0, 2),

@@ -51,7 +51,8 @@ class GroupCode(GroupValues, Protocol):
     which the values are linear. ``feedback: column``, ``refits`` and ``passes`` need one."""
 
     def choices(self) -> Choices:
-        """What each weight may become, coefficients as they are: to the bit what :meth:`values` says of it then."""
+        """What each weight may become, coefficients as they are: what :meth:`values` says of it then, to the bit but
+        for the rounding of even steps."""
         ...
 
     def choose(self, places: Tensor) -> None:

@@ -18,6 +18,7 @@ from signbit.kernels import triton as gpu
 from signbit.kernels.triton import sparse, tuning
 from signbit.kernels.triton.tuning import Blocks
 from signbit.layouts import Layout, Structured
+from signbit.methods.rounding import Choices
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -276,3 +277,11 @@ def test_columns_are_rounded_in_turn(even: bool, each_weight: bool, shares: bool
         case = random_rounding(n, k, even=even, each_weight=each_weight, shares=shares, before=before)
         case.run(gpu.round_in_turn, DEVICE)
         case.check()
+
+
+def test_of_values_alike_a_target_below_them_gets_the_last() -> None:
+    case = random_rounding(3, 1, shares=False)
+    case.choices = Choices.among([torch.tensor([1.0, 1.0, 0.0]).unsqueeze(1).expand(3, 3)], torch.zeros(1, 1))
+    case.targets = torch.tensor([[1.5, 0.75, 0.0]])
+    case.run(gpu.round_in_turn, DEVICE)
+    assert case.places.tolist() == [[0, 1, 2]]

@@ -36,7 +36,8 @@ struct Nearest {
     alignas(64) int32_t place[kRoundingRows];
 };
 
-// Looks at all values of table z, for the rows that have it. A target that is no number gets the first value.
+// Looks at all values of table z, for the rows that have it. A target that is no number gets the first value. Of values
+// alike, a target below them gets the last.
 template <class Count>
 inline void search(const Rounding& r, int32_t z, const int32_t* which, int64_t first, const RoundedColumn& target,
                    Count count, Nearest& found) {
@@ -52,7 +53,8 @@ inline void search(const Rounding& r, int32_t z, const int32_t* which, int64_t f
         values += r.n;
         for (int64_t row = 0; row < count; row++) {
             const float other = std::fabs(target[row] - values[row]);
-            const bool closer = (which[row] == z) & (other < distance[row]);
+            const bool after = (values[row] == found.value[row]) & (target[row] < values[row]);
+            const bool closer = (which[row] == z) & ((other < distance[row]) | after);
             distance[row] = closer ? other : distance[row];
             found.value[row] = closer ? values[row] : found.value[row];
             found.place[row] = closer ? level : found.place[row];

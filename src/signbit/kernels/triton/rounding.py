@@ -50,7 +50,8 @@ def kernel(
             for level in range(1, levels):
                 other = tl.load(values + level * tl.cast(n, tl.int64), inside, other=0.0)
                 farther = tl.abs(target - other)
-                closer = (level < count) & (farther < distance)
+                after = (other == value) & (target < value)  # of values alike, the last if they are above
+                closer = (level < count) & ((farther < distance) | after)
                 place = tl.where(closer, level, place)
                 value = tl.where(closer, other, value)
                 distance = tl.where(closer, farther, distance)
