@@ -46,9 +46,11 @@ class Choices:
     @classmethod
     def among(cls, values: list[Tensor], which: Tensor) -> Choices:
         """Tables [L_z, n], of which each weight has the one that ``which`` [k, n or 1] names."""
-        most = max(len(one) for one in values)
-        tables = torch.stack([torch.nn.functional.pad(one, (0, 0, 0, most - len(one))) for one in values])
-        return cls(tables, _counts([len(one) for one in values], which.device), which.int())
+        counts = [len(one) for one in values]
+        tables = values[0].new_zeros(len(values), max(counts), values[0].shape[1])
+        for table, one in zip(tables, values, strict=True):
+            table[: len(one)] = one
+        return cls(tables, _counts(counts, which.device), which.int())
 
     @classmethod
     def of_steps(cls, first: list[Tensor], step: list[Tensor], counts: list[int], which: Tensor) -> Choices:
