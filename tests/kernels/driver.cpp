@@ -180,7 +180,7 @@ void run_rounding(const Isa& isa, int64_t n, int64_t k, bool even) {
                    std::abs(found - before[at] - changes[at]) <= allowed;
         }
     }
-    if (!good) std::printf("%s: rounding columns in turn, n %d k %d\n", isa.name, static_cast<int>(n), static_cast<int>(k));
+    if (!good) std::printf("%s: rounding, n %d k %d\n", isa.name, static_cast<int>(n), static_cast<int>(k));
     (good ? passed : failed)++;
 }
 
