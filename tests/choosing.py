@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from signbit.kernels.turns import Turns
 from signbit.methods.rounding import Choices, round_in_turn
 from signbit.methods.sweep import GroupCode
 
@@ -40,14 +42,23 @@ class Rounding:
     changes: Tensor
 
     def run(self, round_columns: Callable[..., object], device: str = "cpu") -> None:
+        def there(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device)
+
         one = self.choices
-        tensors = self.targets, self.shares, self.before, one.tables, one.counts, one.which, self.places, self.changes
-        targets, shares, before, tables, counts, which, places, changes = (
-            None if tensor is None else tensor.to(device) for tensor in tensors
+        turns = Turns(
+            there(self.targets),
+            there(self.shares),
+            there(self.before),
+            there(one.tables),
+            there(one.counts),
+            one.even,
+            there(one.which),
+            there(self.places),
+            there(self.changes),
         )
-        round_columns(targets, shares, before, tables, counts, one.even, which, places, changes)
-        assert places is not None and changes is not None
-        self.places, self.changes = places.cpu(), changes.cpu()
+        round_columns(turns)
+        self.places, self.changes = turns.places.cpu(), turns.changes.cpu()
 
     def check(self) -> None:
         """Each weight has the nearest of its values to what its target came to, and has changed by that."""

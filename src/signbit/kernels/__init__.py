@@ -6,6 +6,7 @@ cuda/          CUDA C++, for a few tokens on NVIDIA's GPUs
 triton/        Triton, for all else there; imported by the first product that needs it
 dispatch.py    which of them
 operator.py    the same as an operator of torch, for compiled and exported models, and for gradients
+turns.py       what rounding the columns of a matrix in turn is given: cpu/ and triton/ do that too
 """
 
 from __future__ import annotations

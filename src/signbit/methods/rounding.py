@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from signbit.kernels import cpu, dispatch
+from signbit.kernels.turns import Turns
 
 # Columns in one call of a kernel. What all columns before these mean for them is one matrix product.
 TURNS = 128
@@ -95,48 +96,30 @@ def round_in_turn(
             if start:
                 target = torch.addmm(target, shares[turns, :start], changes[:start])
         was = None if before is None else before[turns]
-        _round(target, inner, was, choices, choices.which[turns], places[turns], changes[turns])
+        tables = choices.tables, choices.counts, choices.even, choices.which[turns]
+        _round(Turns(target, inner, was, *tables, places[turns], changes[turns]))
     code.choose(places)
     return changes
 
 
-def _round(
-    targets: Tensor,
-    shares: Tensor | None,
-    before: Tensor | None,
-    choices: Choices,
-    which: Tensor,
-    places: Tensor,
-    changes: Tensor,
-) -> None:
-    """At most TURNS columns, into ``places`` and ``changes``."""
-    tables = choices.tables, choices.counts, choices.even, which
-    if targets.is_cuda and (kernels := dispatch.triton_kernels()) is not None:
-        kernels.round_in_turn(targets, shares, before, *tables, places, changes)
-    elif not cpu.round_in_turn(targets, shares, before, *tables, places, changes):
-        reference(targets, shares, before, *tables, places, changes)
+def _round(turns: Turns) -> None:
+    """At most TURNS columns."""
+    if turns.targets.is_cuda and (kernels := dispatch.triton_kernels()) is not None:
+        kernels.round_in_turn(turns)
+    elif not cpu.round_in_turn(turns):
+        reference(turns)
 
 
-def reference(
-    targets: Tensor,
-    shares: Tensor | None,
-    before: Tensor | None,
-    tables: Tensor,
-    counts: Tensor,
-    even: bool,
-    which: Tensor,
-    places: Tensor,
-    changes: Tensor,
-) -> None:
+def reference(turns: Turns) -> None:
     """In torch, column by column; the truth that kernels are tested against."""
-    rows = torch.arange(targets.shape[1], device=targets.device)
-    for j, target in enumerate(targets.clone()):
-        if shares is not None:
-            target.addmv_(changes[:j].T, shares[j, :j])
-        of_column = which[j].expand(len(rows)).long()
-        table, count = tables[of_column, :, rows], counts[of_column]  # [n, L], [n]
-        places[j], value = (_nearest_step if even else _nearest)(target, table, count)
-        torch.sub(value, target if before is None else before[j], out=changes[j])
+    rows = torch.arange(turns.targets.shape[1], device=turns.targets.device)
+    nearest = _nearest_step if turns.even else _nearest
+    for j, target in enumerate(turns.targets.clone()):
+        if turns.shares is not None:
+            target.addmv_(turns.changes[:j].T, turns.shares[j, :j])
+        which = turns.which[j].expand(len(rows)).long()
+        turns.places[j], value = nearest(target, turns.tables[which, :, rows], turns.counts[which])
+        torch.sub(value, target if turns.before is None else turns.before[j], out=turns.changes[j])
 
 
 def _nearest(target: Tensor, values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ from torch import Tensor
 from signbit.calibration.hessian import Factor
 from signbit.methods.descent import descend, least_squares
 from signbit.methods.options import SweepOptions
-from signbit.methods.rounding import Choices, round_in_turn
+from signbit.methods.rounding import Choosing, round_in_turn
 from signbit.timing import phase
 
 
@@ -46,18 +46,10 @@ class GroupValues(Protocol):
         ...
 
 
-class GroupCode(GroupValues, Protocol):
-    """A decision that can be looked at again: a choice for each weight (rounding.py), and coefficients for each row, in
-    which the values are linear. ``feedback: column``, ``refits`` and ``passes`` need one."""
-
-    def choices(self) -> Choices:
-        """What each weight may become, coefficients as they are: what :meth:`values` says of it then, to the bit but
-        for the rounding of even steps."""
-        ...
-
-    def choose(self, places: Tensor) -> None:
-        """Take the values at these places of each weight's table, uint8 [k, n]."""
-        ...
+class GroupCode(GroupValues, Choosing, Protocol):
+    """A decision that can be looked at again: a choice for each weight, whose values are to the bit (but for the
+    rounding of even steps) what :meth:`values` says, and coefficients for each row, in which the values are linear.
+    ``feedback: column``, ``refits`` and ``passes`` need one."""
 
     def features(self) -> Tensor:
         """Float32 [F, n, k]: the values are the sum over F of coefficient [F, n] times feature."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from signbit.errors import SignbitError
 from signbit.kernels.prepared import prepared_chains
+from signbit.kernels.turns import Turns
 from signbit.layouts.base import Layout
 from signbit.layouts.haar_planes import HaarPlanes
 from signbit.layouts.integers import Integers
@@ -120,32 +121,22 @@ def dense(weight: Tensor) -> Any:
     return native.dense(*weight.shape, weight.data_ptr())
 
 
-def round_in_turn(
-    targets: Tensor,
-    shares: Tensor | None,
-    before: Tensor | None,
-    tables: Tensor,
-    counts: Tensor,
-    even: bool,
-    which: Tensor,
-    places: Tensor,
-    changes: Tensor,
-) -> bool:
+def round_in_turn(turns: Turns) -> bool:
     """Columns in turn, as methods/rounding.py has it; whether it was done, which it is not without kernels."""
-    if not targets.is_cpu or not _available():
+    if not turns.targets.is_cpu or not _available():
         return False
-    k, n = targets.shape
+    k, n = turns.targets.shape
+    read = turns.targets, turns.shares, turns.before, turns.tables, turns.counts
     native.round_in_turn(
         n,
         k,
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (targets, shares, before, tables, counts)),
-        tables.shape[1],
-        even,
-        which.data_ptr(),
-        which.stride(0),
-        which.stride(1) if which.shape[1] > 1 else 0,
-        places.data_ptr(),
-        changes.data_ptr(),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in read),
+        turns.tables.shape[1],
+        turns.even,
+        turns.which.data_ptr(),
+        *turns.which_strides,
+        turns.places.data_ptr(),
+        turns.changes.data_ptr(),
         torch.get_num_threads(),
     )
     return True

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from signbit.kernels.triton.launch import start
 from signbit.kernels.triton.tuning import Blocks
+from signbit.kernels.turns import Turns
 
 # 128 changes of 32 rows are 32 registers of each thread. Estimated: to be measured.
 BLOCKS = Blocks(rows=32, columns=128, tokens=16, warps=4, stages=1)
@@ -64,22 +64,12 @@ def kernel(
         tl.store(places + at, place.to(tl.uint8), inside)
 
 
-def round_in_turn(
-    targets: Tensor,
-    shares: Tensor | None,
-    before: Tensor | None,
-    tables: Tensor,
-    counts: Tensor,
-    even: bool,
-    which: Tensor,
-    places: Tensor,
-    changes: Tensor,
-) -> None:
+def round_in_turn(given: Turns) -> None:
     """As methods/rounding.py has it."""
-    turns, n = targets.shape
-    tensors = [targets if tensor is None else tensor for tensor in (targets, shares, before)]
-    tensors += [tables, counts, which, places, changes]
-    sizes = n, turns, tables.shape[1], which.stride(0), which.stride(1) if which.shape[1] > 1 else 0
-    constants: dict[str, bool | int] = {"SHARES": shares is not None, "BEFORE": before is not None, "EVEN": even}
-    constants |= {"ROWS": BLOCKS.rows, "TURNS": max(16, triton.next_power_of_2(turns))}
+    turns, n = given.targets.shape
+    read = [given.targets if tensor is None else tensor for tensor in (given.targets, given.shares, given.before)]
+    tensors = [*read, given.tables, given.counts, given.which, given.places, given.changes]
+    sizes = n, turns, given.tables.shape[1], *given.which_strides
+    constants: dict[str, bool | int] = {"ROWS": BLOCKS.rows, "TURNS": max(16, triton.next_power_of_2(turns))}
+    constants |= {"SHARES": given.shares is not None, "BEFORE": given.before is not None, "EVEN": given.even}
     start(kernel, (triton.cdiv(n, BLOCKS.rows),), (*tensors, *sizes), constants, BLOCKS)
