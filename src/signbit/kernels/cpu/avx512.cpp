@@ -227,6 +227,7 @@ bool supported() {
 #include "partial_avx512.h"
 #include "partial_dots_avx512.h"
 #include "sign_dots_avx512.h"
+#include "sign_halfwords_avx512.h"
 #include "structured_avx512.h"
 #include "structured_dots_avx512.h"
 #include "kept_dots_avx512.h"
@@ -239,7 +240,10 @@ namespace avx512 {
 constexpr Isa with_dots() {
     Isa isa = isa_of<Avx512>("avx512", supported);
     isa.prepare[static_cast<int>(Form::digits)] = prepare_digits;
+    isa.prepare[static_cast<int>(Form::halfwords)] = prepare_halfwords;
     isa.sign_dots = sign_dots_rows;
+    isa.sign_halfwords[0] = sign_halfwords_rows<false>;
+    isa.sign_halfwords[1] = sign_halfwords_rows<true>;
     isa.split_dots[0] = split_dots_rows<kDigits[0]>;
     isa.split_dots[1] = split_dots_rows<kDigits[1]>;
     isa.kept_dots[0] = kept_dots_rows<kDigits[0]>;

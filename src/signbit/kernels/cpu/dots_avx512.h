@@ -169,7 +169,7 @@ void to_chunks(const float* x, int64_t words, Chunk<Digits>* chunks) {
     }
 }
 
-inline void prepare_digits(const float* x, int64_t words, const Run*, int64_t, bool int8, void* chunks, float*,
+inline void prepare_digits(float* x, int64_t words, const Run*, int64_t, bool int8, void* chunks, float*,
                            float*) {
     if (int8) to_chunks(x, words, static_cast<Chunk<1>*>(chunks));
     else to_chunks(x, words, static_cast<Chunk<3>*>(chunks));

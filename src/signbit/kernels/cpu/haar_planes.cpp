@@ -132,7 +132,7 @@ class HaarDotsMatrix : public CodedMatrix {
 std::unique_ptr<Matrix> haar_planes(int64_t n, int64_t m, int64_t group_size, bool along_rows, const HaarPlanes& from) {
     auto matrix = std::make_unique<HaarPlanesMatrix>(n, m, group_size, along_rows, from);
     auto dots = std::make_unique<HaarDotsMatrix>(n, m, group_size, along_rows, from);
-    if (dots->possible()) matrix->few = std::move(dots);
+    if (dots->possible()) matrix->better = std::move(dots);
     return matrix;
 }
 

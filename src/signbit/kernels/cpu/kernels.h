@@ -3,11 +3,11 @@
 // A product y = x W^T is made in three steps:
 //
 //   1. Matrix::columns   the activations as the layout wants them: float vectors in whole words of 32 columns
-//   2. Isa::prepare      for every four columns the 16 sums that a nibble of bits can ask for (lookup.h)
+//   2. Isa::prepare      for every four columns the 16 sums that a nibble of bits can ask for (lookup.h), say
 //   3. Matrix::rows      tile by tile of W's rows: look sums up, multiply them with the rows' coefficients, add
 //
-// One or two tokens may have another way, a Matrix of its own (Matrix::few): digits instead of sums, and dot products
-// instead of lookups (dots.h).
+// There may be a better way, which is a Matrix of its own (Matrix::better): sums of more columns (halfwords.h), or for one or
+// two tokens digits instead of sums, and dot products instead of lookups (dots.h).
 //
 // Steps 2 and 3 are compiled once for each instruction set. A row of the result depends on its own row of W and on
 // nothing else, so how rows are shared out between threads changes no result.
@@ -61,10 +61,10 @@ struct Lookup {
     uint32_t mask;
 };
 
-// What step 2 makes of activations: tables to look sums up in, the numbers themselves, for what multiplies by them, or
-// their digits, for dot products with bits.
-enum class Form : int32_t { tables, numbers, digits };
-constexpr int kForms = 3;
+// What step 2 makes of activations: tables to look sums up in, by nibbles or by halfwords of bits; the numbers themselves,
+// for what multiplies by them; or their digits, for dot products with bits.
+enum class Form : int32_t { tables, halfwords, numbers, digits };
+constexpr int kForms = 4;
 
 // Bytes that the numbers of a word of columns take: 32 floats, and behind all floats of a token the integers of 8 bits
 // that they were rounded to (int8), which floats times steps are again.
@@ -74,7 +74,7 @@ constexpr int64_t kNumberBytes = 192;
 struct Activations {
     int64_t tokens, words, runs;
     const Run* run;
-    const char* tables;  // [tokens][words][Isa::table_bytes], [tokens][words * kNumberBytes], or digits (dots.h)
+    const char* tables;  // [tokens][words][bytes of one], for each form its own; digits: [tokens][chunks] (dots.h)
     const float* steps;  // [tokens][words]: what one unit of the tables is worth; 1 in exact mode
     const float* sums;   // [tokens][runs]: what a group's activations add up to
 };
@@ -85,7 +85,7 @@ constexpr int64_t kFewTokens = 2;
 // The most tokens that are multiplied at a time.
 constexpr int64_t kTokens = 16;
 
-using Prepare = void (*)(const float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* tables,
+using Prepare = void (*)(float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* tables,
                          float* steps, float* sums);
 using Rows = void (*)(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
                       int64_t stride);
@@ -112,11 +112,13 @@ struct Isa {
     bool (*supported)();
     int64_t tile;            // rows that are worked on together
     size_t table_bytes[2];   // of a word; exact, int8
-    // x [32 * words] floats -> tables (or another form), steps and sums of one token; int8 rounds x to 8 bits for every
-    // 128 columns.
+    // x [32 * words] floats, which may be overwritten -> tables (or another form), steps and sums of one token; int8 rounds
+    // x to 8 bits for every 128 columns.
     Prepare prepare[kForms];
     Rows sign_planes[2];     // exact, int8; each layout's rows [first, last): y[token * stride + row]
-    // Times few tokens; null where lookups are as fast.
+    // Null where there is none.
+    Rows sign_halfwords[2];
+    // Times few tokens.
     Rows sign_dots;  // in 8 bits
     Rows split_dots[2], haar_dots[2], structured_dots[2], kept_dots[2], partial_dots[2];
     Rows coded[2];
@@ -134,8 +136,9 @@ extern const Isa kAvx512, kAvx2, kNeon, kPortable;
 struct Matrix {
     int64_t n, m, words;
     std::vector<Run> runs;
-    // The same matrix as what does better for few tokens, where an instruction set has it; null if nothing does.
-    std::unique_ptr<const Matrix> few;
+    // The same matrix as what does better for up to so many tokens, where an instruction set has it; null if nothing does.
+    std::unique_ptr<const Matrix> better;
+    int64_t better_tokens = kFewTokens;
 
     Matrix(int64_t rows, int64_t columns, int64_t group_size)
         : n(rows), m(columns), words((columns + 31) / 32), runs(runs_of(columns, group_size)) {}
@@ -148,11 +151,14 @@ struct Matrix {
     // The words and runs of a kind, where it has others than the matrix; no kind has more words.
     virtual int64_t kind_words(int64_t) const { return words; }
     virtual const std::vector<Run>& kind_runs(int64_t) const { return runs; }
-    // Null if the instruction set has none, which it may for ``few`` only.
+    // Null if the instruction set has none, which it may for ``better`` only.
     virtual Rows rows(const Isa& isa, bool int8) const = 0;
     // The layout's own struct, as its rows function knows it.
     virtual const void* self() const = 0;
 };
+
+// Rows of y that are written together, beyond the last one too.
+constexpr int64_t kOutputRows = 32;
 
 // y [tokens, n] = x [tokens, m] W^T; contiguous, both of the same type.
 void multiply(const Matrix& matrix, const Isa& isa, const void* x, void* y, Scalar type, int64_t tokens, bool int8,

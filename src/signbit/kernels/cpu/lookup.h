@@ -74,9 +74,12 @@ class Ahead {
     Ahead() = default;
     // far: into the second-level cache, which is faster where the tile is used once; with 128 tokens it is 8% slower.
     Ahead(const void* data, int64_t row_bytes, const Tile<I>& tile, int64_t steps, bool far = false)
-        : at_(static_cast<const char*>(data) + least(tile.row + Tile<I>::rows, tile.n) * row_bytes),
-          end_(static_cast<const char*>(data) + least(tile.row + 2 * Tile<I>::rows, tile.n) * row_bytes),
-          share_((Tile<I>::rows * row_bytes / steps + 63) / 64 * 64),
+        : Ahead(data, row_bytes, tile.row, tile.n, Tile<I>::rows, steps, far) {}
+    // Of a tile of so many rows, from ``row`` on, of n.
+    Ahead(const void* data, int64_t row_bytes, int64_t row, int64_t n, int64_t rows, int64_t steps, bool far)
+        : at_(static_cast<const char*>(data) + least(row + rows, n) * row_bytes),
+          end_(static_cast<const char*>(data) + least(row + 2 * rows, n) * row_bytes),
+          share_((rows * row_bytes / steps + 63) / 64 * 64),
           far_(far) {}
 
     void step() {
@@ -178,14 +181,27 @@ struct RunsOf {
 template <class I>
 class CoefficientTile {
    public:
-    CoefficientTile(const Coefficients& coefficients, const Tile<I>& tile) : from_(coefficients), tile_(tile) {}
+    CoefficientTile() = default;
+    CoefficientTile(const Coefficients& coefficients, const Tile<I>& tile) { take(coefficients, tile); }
+
+    void take(const Coefficients& coefficients, const Tile<I>& tile) {
+        from_ = coefficients;
+        tile_ = tile;
+        start_ = -I::lanes;
+    }
 
     Column<I> at(int64_t index) {
-        if (index < start_ || index >= start_ + I::lanes) load(index / I::lanes * I::lanes);
+        find(index);
         Column<I> column;
-        for (int s = 0; s < I::strips; s++) column.strip[s] = I::load(&values_[s][index - start_][0]);
+        for (int s = 0; s < I::strips; s++) column.strip[s] = found(index, s);
         return column;
     }
+
+    // The same without a copy: find(index), and then found(index, strip) for as long as nothing else is to be found.
+    void find(int64_t index) {
+        if (index < start_ || index >= start_ + I::lanes) load(index / I::lanes * I::lanes);
+    }
+    typename I::F found(int64_t index, int strip) const { return I::load(&values_[strip][index - start_][0]); }
 
    private:
     void load(int64_t start) {
@@ -202,8 +218,8 @@ class CoefficientTile {
         }
     }
 
-    const Coefficients& from_;
-    const Tile<I>& tile_;
+    Coefficients from_;
+    Tile<I> tile_{0, 0};
     int64_t start_ = -I::lanes;
     alignas(64) float values_[I::strips][I::lanes][I::lanes];
 };

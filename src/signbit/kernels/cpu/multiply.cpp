@@ -1,6 +1,7 @@
 // The three steps of a product, for all layouts and instruction sets.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -8,6 +9,7 @@
 
 #include "dots.h"
 #include "floats.h"
+#include "halfwords.h"
 #include "threads.h"
 
 namespace kernels {
@@ -64,72 +66,111 @@ int64_t bytes_of(const Matrix& matrix, const Isa& isa, int64_t kind, bool int8) 
     const int64_t words = matrix.kind_words(kind);
     switch (matrix.form(kind)) {
         case Form::tables: return words * static_cast<int64_t>(isa.table_bytes[int8]);
+        case Form::halfwords: return words * kHalfwordBytes[int8];
         case Form::numbers: return words * kNumberBytes;
         default: return (words + kChunkWords - 1) / kChunkWords * kChunkBytes[int8];
     }
 }
 
-// Everything a few tokens need besides the matrix.
-struct Work {
-    float* x;         // [m], one token's activations
-    float* columns;   // [32 * words], one kind of them
-    float* y;         // [tokens, n]
-    struct Kind {
-        char* tables;  // [tokens][bytes of the kind]
-        float* steps;  // [tokens][words]
-        float* sums;   // [tokens][runs]
-    };
-    std::vector<Kind> kinds;
-
-    Work(Pieces& pieces, const Matrix& matrix, const Isa& isa, bool int8, int64_t tokens) {
-        int64_t most_words = 0;
+// What step 2 has made of the activations of a few tokens.
+class Prepared {
+   public:
+    // Room for so many tokens; what was there is lost.
+    void reserve(const Matrix& matrix, const Isa& isa, bool int8, int64_t tokens) {
+        Pieces measure;
+        lay_out(measure, matrix, isa, int8, tokens);
+        Pieces pieces{workspace_.reserve(measure.used)};
+        lay_out(pieces, matrix, isa, int8, tokens);
+    }
+    // Of one token, x [m].
+    void make(const Matrix& matrix, const Isa& isa, bool int8, int64_t token, const char* x, Scalar type) {
+        float *own = x_ + token * matrix.m, *columns = columns_ + token * most_columns_;
+        to_floats(x, type, matrix.m, own);
         for (int64_t kind = 0; kind < matrix.kinds(); kind++) {
-            const int64_t words = matrix.kind_words(kind), runs = static_cast<int64_t>(matrix.kind_runs(kind).size());
-            most_words = std::max(most_words, words);
-            kinds.push_back({pieces.take<char>(tokens * bytes_of(matrix, isa, kind, int8)),
-                             pieces.take<float>(tokens * words), pieces.take<float>(tokens * runs)});
-        }
-        x = pieces.take<float>(matrix.m);
-        columns = pieces.take<float>(32 * most_words);
-        y = pieces.take<float>(tokens * matrix.n);
-    }
-};
-
-void multiply_few(const Matrix& matrix, const Isa& isa, const char* x, char* y, Scalar type, int64_t tokens, bool int8,
-                  int threads) {
-    static thread_local Workspace workspace;
-    Pieces measure;
-    Work(measure, matrix, isa, int8, tokens);
-    Pieces pieces{workspace.reserve(measure.used)};
-    const Work work(pieces, matrix, isa, int8, tokens);
-    const int64_t width = static_cast<int64_t>(size_of(type)), kinds = matrix.kinds();
-
-    std::vector<Activations> activations;
-    for (int64_t kind = 0; kind < kinds; kind++) {
-        const std::vector<Run>& runs = matrix.kind_runs(kind);
-        const Work::Kind& to = work.kinds[kind];
-        activations.push_back({tokens, matrix.kind_words(kind), static_cast<int64_t>(runs.size()), runs.data(),
-                               to.tables, to.steps, to.sums});
-    }
-    for (int64_t token = 0; token < tokens; token++) {
-        to_floats(x + token * matrix.m * width, type, matrix.m, work.x);
-        for (int64_t kind = 0; kind < kinds; kind++) {
-            const Activations& of = activations[kind];
-            const Work::Kind& to = work.kinds[kind];
-            matrix.columns(kind, work.x, work.columns);
+            const Activations& of = kinds_[kind];
+            const Room& to = rooms_[kind];
+            matrix.columns(kind, own, columns);
             isa.prepare[static_cast<int>(matrix.form(kind))](
-                work.columns, of.words, of.run, of.runs, int8, to.tables + token * bytes_of(matrix, isa, kind, int8),
+                columns, of.words, of.run, of.runs, int8, to.tables + token * bytes_of(matrix, isa, kind, int8),
                 to.steps + token * of.words, to.sums + token * of.runs);
         }
     }
+    const Activations* kinds() const { return kinds_.data(); }
+
+    uint64_t call = 0;  // for which it was made
+
+   private:
+    struct Room {
+        char* tables;
+        float *steps, *sums;
+    };
+
+    void lay_out(Pieces& pieces, const Matrix& matrix, const Isa& isa, bool int8, int64_t tokens) {
+        kinds_.clear();
+        rooms_.clear();
+        most_columns_ = 0;
+        for (int64_t kind = 0; kind < matrix.kinds(); kind++) {
+            const int64_t words = matrix.kind_words(kind);
+            const std::vector<Run>& runs = matrix.kind_runs(kind);
+            const int64_t count = static_cast<int64_t>(runs.size());
+            most_columns_ = std::max(most_columns_, 32 * words);
+            const Room room{pieces.take<char>(tokens * bytes_of(matrix, isa, kind, int8)),
+                            pieces.take<float>(tokens * words), pieces.take<float>(tokens * count)};
+            rooms_.push_back(room);
+            kinds_.push_back({tokens, words, count, runs.data(), room.tables, room.steps, room.sums});
+        }
+        x_ = pieces.take<float>(tokens * matrix.m);
+        columns_ = pieces.take<float>(tokens * most_columns_);
+    }
+
+    Workspace workspace_;
+    std::vector<Activations> kinds_;
+    std::vector<Room> rooms_;
+    int64_t most_columns_ = 0;
+    float *x_ = nullptr, *columns_ = nullptr;
+};
+
+std::atomic<uint64_t> calls{0};
+
+void multiply_few(const Matrix& matrix, const Isa& isa, const char* x, char* y, Scalar type, int64_t tokens, bool int8,
+                  int threads) {
+    static thread_local Workspace outputs;
+    static thread_local Prepared prepared;
+    const int64_t width = static_cast<int64_t>(size_of(type)), x_bytes = matrix.m * width;
+    const int64_t stride = (matrix.n + kOutputRows - 1) / kOutputRows * kOutputRows;
+    float* sums = reinterpret_cast<float*>(outputs.reserve(static_cast<size_t>(tokens * stride) * sizeof(float)));
+
+    // Of few tokens each thread makes what it needs itself: tables fresh in another core's cache take longer to read.
+    const bool each = tokens <= kFewTokens;
+    const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed) + 1;
+    const Prepared* shared = nullptr;
+    if (!each) {
+        prepared.reserve(matrix, isa, int8, tokens);
+        Prepared& own = prepared;
+        parallel_for(tokens, threads, [&](int64_t token) {
+            own.make(matrix, isa, int8, token, x + token * x_bytes, type);
+        });
+        shared = &own;
+    }
+    const auto prepared_here = [&]() -> const Activations* {
+        if (shared) return shared->kinds();
+        if (prepared.call != call) {
+            prepared.reserve(matrix, isa, int8, tokens);
+            for (int64_t token = 0; token < tokens; token++) {
+                prepared.make(matrix, isa, int8, token, x + token * x_bytes, type);
+            }
+            prepared.call = call;
+        }
+        return prepared.kinds();
+    };
 
     const Rows rows = matrix.rows(isa, int8);
     const int64_t step = rows_of_task(isa, matrix.n, threads), tasks = (matrix.n + step - 1) / step;
     parallel_for(tasks, threads, [&](int64_t task) {
-        rows(matrix.self(), activations.data(), task * step, std::min((task + 1) * step, matrix.n), work.y, matrix.n);
+        rows(matrix.self(), prepared_here(), task * step, std::min((task + 1) * step, matrix.n), sums, stride);
     });
     for (int64_t token = 0; token < tokens; token++) {
-        from_floats(work.y + token * matrix.n, matrix.n, type, y + token * matrix.n * width);
+        from_floats(sums + token * stride, matrix.n, type, y + token * matrix.n * width);
     }
 }
 
@@ -154,11 +195,15 @@ void Matrix::columns(int64_t, const float* x, float* out) const {
 
 void multiply(const Matrix& matrix, const Isa& isa, const void* x, void* y, Scalar type, int64_t tokens, bool int8,
               int threads) {
-    const bool few = tokens <= kFewTokens && matrix.few && matrix.few->rows(isa, int8);
-    const Matrix& w = few ? *matrix.few : matrix;
+    const Matrix* best = &matrix;
+    while (best->better && tokens <= best->better_tokens && best->better->rows(isa, int8)) best = best->better.get();
+    const Matrix& w = *best;
     const int64_t width = static_cast<int64_t>(size_of(type));
-    int64_t per_token = 0;
-    for (int64_t kind = 0; kind < w.kinds(); kind++) per_token += bytes_of(w, isa, kind, int8);
+    int64_t per_token = 1;
+    for (int64_t kind = 0; kind < w.kinds(); kind++) {
+        // Halfwords' rows see to it themselves.
+        if (w.form(kind) != Form::halfwords) per_token += bytes_of(w, isa, kind, int8);
+    }
     const int64_t most = std::clamp<int64_t>(kTableBytes / per_token, 1, kTokens);
     for (int64_t token = 0; token < tokens; token += most) {
         multiply_few(w, isa, static_cast<const char*>(x) + token * w.m * width,

@@ -45,7 +45,7 @@ std::unique_ptr<Matrix> partial(int64_t n, int64_t m, int64_t group_size, const 
     to.ends = from.ends;
     to.code_scales = from.code_scales;
     to.code_offsets = from.code_offsets;
-    if (to.regular()) matrix->few = std::make_unique<PartialDotsMatrix>(*matrix, group_size);
+    if (to.regular()) matrix->better = std::make_unique<PartialDotsMatrix>(*matrix, group_size);
     return matrix;
 }
 

@@ -69,10 +69,10 @@ inline float sum_of(const float* x, const float* steps, const Run& run) {
 }
 
 template <class I>
-void prepare(const float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* tables, float* steps,
+void prepare(float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* tables, float* steps,
              float* sums) {
     if (int8) {
-        round_to_8_bits(const_cast<float*>(x), words, steps);
+        round_to_8_bits(x, words, steps);
     } else {
         for (int64_t i = 0; i < words; i++) steps[i] = 1.0f;
     }
@@ -87,12 +87,12 @@ void prepare(const float* x, int64_t words, const Run* run, int64_t runs, bool i
     for (int64_t i = 0; i < runs; i++) sums[i] = sum_of(x, steps, run[i]);
 }
 
-inline void prepare_numbers(const float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* numbers,
+inline void prepare_numbers(float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* numbers,
                             float* steps, float* sums) {
     float* floats = static_cast<float*>(numbers);
     int8_t* integers = reinterpret_cast<int8_t*>(floats + 32 * words);
     if (int8) {
-        round_to_8_bits(const_cast<float*>(x), words, steps);
+        round_to_8_bits(x, words, steps);
         for (int64_t i = 0; i < 32 * words; i++) integers[i] = static_cast<int8_t>(x[i]);
     } else {
         for (int64_t i = 0; i < words; i++) steps[i] = 1.0f;

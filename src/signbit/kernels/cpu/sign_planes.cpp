@@ -42,9 +42,17 @@ struct SignDotsMatrix : SignPlanesMatrix {
         return possible;
     }
     Form form(int64_t) const override { return Form::digits; }
-    // Exact, three digits take longer than lookups, which share their tables between planes.
+    // Exact, three digits take longer than lookups.
     Rows rows(const Isa& isa, bool int8) const override { return int8 ? isa.sign_dots : nullptr; }
     const void* self() const override { return &dots; }
+};
+
+// Of groups that are whole words: halfwords.h.
+struct SignHalfwordsMatrix : SignPlanesMatrix {
+    using SignPlanesMatrix::SignPlanesMatrix;
+
+    Form form(int64_t) const override { return Form::halfwords; }
+    Rows rows(const Isa& isa, bool int8) const override { return isa.sign_halfwords[int8]; }
 };
 
 template <class Made>
@@ -66,8 +74,13 @@ std::unique_ptr<Matrix> sign_planes(int64_t n, int64_t m, int64_t group_size, co
                                     const std::vector<Coefficients>& scales, Coefficients means,
                                     Coefficients column_scales) {
     auto matrix = make<SignPlanesMatrix>(n, m, group_size, signs, scales, means, column_scales);
+    auto halfwords = make<SignHalfwordsMatrix>(n, m, group_size, signs, scales, means, column_scales);
     auto dots = make<SignDotsMatrix>(n, m, group_size, signs, scales, means, column_scales);
-    if (dots->assign(group_size)) matrix->few = std::move(dots);
+    if (dots->assign(group_size)) {
+        halfwords->better = std::move(dots);
+        matrix->better = std::move(halfwords);
+        matrix->better_tokens = INT64_MAX;
+    }
     return matrix;
 }
 

@@ -128,7 +128,7 @@ class SplitDotsMatrix : public CodedMatrix {
 std::unique_ptr<Matrix> split_planes(int64_t n, int64_t m, int64_t group_size, const SplitPlanes& from) {
     auto matrix = std::make_unique<SplitPlanesMatrix>(n, m, group_size, from);
     auto dots = std::make_unique<SplitDotsMatrix>(n, m, group_size, from);
-    if (dots->possible()) matrix->few = std::move(dots);
+    if (dots->possible()) matrix->better = std::move(dots);
     return matrix;
 }
 

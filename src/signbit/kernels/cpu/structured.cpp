@@ -227,11 +227,11 @@ std::unique_ptr<Matrix> structured(int64_t n, int64_t m, int64_t group_size, int
     const auto* own = static_cast<const Structured*>(matrix->self());
     auto kept = std::make_unique<KeptDotsMatrix>(*matrix, group_size, from.salient);
     if (kept->possible()) {
-        matrix->few = std::move(kept);
+        matrix->better = std::move(kept);
         return matrix;
     }
     auto dots = std::make_unique<StructuredDotsMatrix>(n, m, group_size, *own, from.salient);
-    if (dots->possible()) matrix->few = std::move(dots);
+    if (dots->possible()) matrix->better = std::move(dots);
     return matrix;
 }
 

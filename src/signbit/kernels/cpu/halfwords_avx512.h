@@ -1,0 +1,193 @@
+// Sums of activations that halfwords of bits choose, with AVX-512 (halfwords.h).
+
+#pragma once
+
+#include "halfwords.h"
+#include "prepare.h"
+
+namespace kernels {
+namespace avx512 {
+
+// A vector has a halfword of each of so many rows: even lanes of the first 16, odd lanes of the others.
+constexpr int64_t kHalfwordRows = 32;
+// Low pieces have so many bits.
+constexpr int kLowBits = 11;
+
+// Sums in ascending order to a table, in pieces, 32 at a time.
+template <int Pieces>
+inline void store_pieces(__m512 low_half, __m512 high_half, int16_t* table, int64_t stride) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // The low 16 bits of each: lanes 0, 2, 4 ... of both vectors.
+    const __m512i even = _mm512_or_si512(_mm512_slli_epi32(lane, 2), _mm512_slli_epi32(_mm512_add_epi32(_mm512_slli_epi32(lane, 2), _mm512_set1_epi32(2)), 16));
+    const __m512i a = _mm512_cvtps_epi32(low_half), b = _mm512_cvtps_epi32(high_half);
+    const __m512i all = _mm512_permutex2var_epi16(a, even, b);
+    if (Pieces == 1) return _mm512_store_si512(table, all);
+    const __m512i half = _mm512_set1_epi32(1 << (kLowBits - 1));
+    const __m512i high = _mm512_permutex2var_epi16(_mm512_srai_epi32(_mm512_add_epi32(a, half), kLowBits), even,
+                                                   _mm512_srai_epi32(_mm512_add_epi32(b, half), kLowBits));
+    _mm512_store_si512(table, _mm512_sub_epi16(all, _mm512_slli_epi16(high, kLowBits)));
+    _mm512_store_si512(table + stride, high);
+}
+
+// Of 16 activations in their unit.
+template <int Pieces>
+inline void tabulate_halfword(const float* x, HalfwordTable<Pieces>& table) {
+    const auto with = [](__m512 sums, float one) { return _mm512_add_ps(sums, _mm512_set1_ps(one)); };
+    const __m512 first = sums_of_four(x), second = sums_of_four(x + 5), third = sums_of_four(x + 10);
+    store_pieces<Pieces>(first, with(first, x[4]), table.first[0], 32);
+    store_pieces<Pieces>(second, with(second, x[9]), table.second[0], 32);
+    const __m512 more = with(third, x[14]);
+    store_pieces<Pieces>(third, more, table.third[0], 64);
+    store_pieces<Pieces>(with(third, x[15]), with(more, x[15]), table.third[0] + 32, 64);
+}
+
+// The largest number in units: an integer of 8 bits, or one of 2^15 * 2^11, short of what low pieces and rounding may add.
+template <int Pieces>
+constexpr float kMostUnits = Pieces == 1 ? 127.0f : 32736.0f * (1 << kLowBits);
+
+// Brings the activations of each step to units, in place, and says what kMostUnits are: the size of the largest, or of the
+// largest sum. Not what one unit is, which may be too small for a float.
+template <int Pieces>
+inline void to_units(float* x, int64_t words, float* sizes) {
+    for (int64_t word = 0; word < words; word += kStepWords) {
+        const int64_t from = 32 * word, upto = 32 * least(word + kStepWords, words);
+        __m512 largest = _mm512_setzero_ps(), up = largest, down = largest, spoilt = largest;
+        for (int64_t i = from; i < upto; i += 16) {
+            const __m512 some = _mm512_loadu_ps(x + i);
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(some));
+            up = _mm512_add_ps(up, _mm512_max_ps(some, _mm512_setzero_ps()));
+            down = _mm512_sub_ps(down, _mm512_min_ps(some, _mm512_setzero_ps()));
+            spoilt = _mm512_fmadd_ps(some, _mm512_setzero_ps(), spoilt);
+        }
+        const float sum_up = _mm512_reduce_add_ps(up), sum_down = _mm512_reduce_add_ps(down);
+        const float size = Pieces == 1 ? _mm512_reduce_max_ps(largest) : sum_up > sum_down ? sum_up : sum_down;
+        const float not_finite = _mm512_reduce_add_ps(spoilt) + size * 0.0f;
+        const bool any = size > 0.0f && not_finite == 0.0f;
+        constexpr float tiny = 0x1p-90f;  // what has no finite inverse is made larger first
+        const __m512 lift = _mm512_set1_ps(size < tiny ? 1.0f / tiny : 1.0f);
+        const __m512 per_size = _mm512_set1_ps(any ? kMostUnits<Pieces> / (size < tiny ? size / tiny : size) : 0.0f);
+        for (int64_t i = from; i < upto; i += 16) {
+            const __m512 own = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), lift), per_size);
+            constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+            const __m512 whole = Pieces == 1 ? _mm512_roundscale_ps(own, nearest) : own;
+            _mm512_storeu_ps(x + i, any ? whole : _mm512_setzero_ps());
+        }
+        for (int64_t i = word; i < upto / 32; i++) sizes[i] = size + not_finite;
+    }
+}
+
+// What the activations of a run of whole words add up to; each word's times its size.
+inline float sum_of_words(const float* x, const float* sizes, const Run& run) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t word = run.word; word < run.end; word++) {
+        const __m512 own = _mm512_add_ps(_mm512_loadu_ps(x + 32 * word), _mm512_loadu_ps(x + 32 * word + 16));
+        sum = sizes ? _mm512_fmadd_ps(own, _mm512_set1_ps(sizes[word]), sum) : _mm512_add_ps(own, sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+// sums: of the activations as they are looked up, which in 8 bits are not what they were.
+template <int Pieces>
+void prepare_in_pieces(float* x, int64_t words, const Run* run, int64_t runs, HalfwordTable<Pieces>* tables,
+                       float* sizes, float* sums) {
+    for (int64_t i = 0; Pieces > 1 && i < runs; i++) sums[i] = sum_of_words(x, nullptr, run[i]);
+    to_units<Pieces>(x, words, sizes);
+    for (int64_t i = 0; Pieces == 1 && i < runs; i++) sums[i] = sum_of_words(x, sizes, run[i]) / kMostUnits<1>;
+    for (int64_t i = 0; i < 2 * words; i++) tabulate_halfword(x + 16 * i, tables[i]);
+}
+
+inline void prepare_halfwords(float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* tables,
+                              float* sizes, float* sums) {
+    if (int8) prepare_in_pieces(x, words, run, runs, static_cast<HalfwordTable<1>*>(tables), sizes, sums);
+    else prepare_in_pieces(x, words, run, runs, static_cast<HalfwordTable<2>*>(tables), sizes, sums);
+}
+
+// A block of words of Vectors * 32 rows, those of 16 rows in a vector.
+template <int Vectors>
+struct HalfwordBlock {
+    // Calls of Ahead::step() by load().
+    static constexpr int64_t kSteps = 4 * Vectors;
+
+    __m512i word[kChunkWords][Vectors][2];
+
+    // Words [word, word + count) of rows [row, row + 32 * Vectors) of n; the last stands in for those that are not there.
+    // Unless ``ahead`` does, this fetches the same words of the next tile.
+    void load(const Plane& plane, int64_t row, int64_t n, int64_t first, int64_t count, Ahead<Avx512>* ahead) {
+        const __mmask16 present = first_of_16(count);
+        for (int half = 0; half < 2 * Vectors; half++) {
+            __m512i some[16];
+            for (int i = 0; i < 16; i++) {
+                const uint8_t* words = plane.data + least(row + 16 * half + i, n - 1) * plane.row_bytes + 4 * first;
+                some[i] = _mm512_maskz_loadu_epi32(present, words);
+                if (!ahead) Avx512::prefetch_far(words + kHalfwordRows * Vectors * plane.row_bytes);
+            }
+            if (ahead) ahead->step();
+            Avx512::transpose(some);
+            if (ahead) ahead->step();
+            for (int i = 0; i < 16; i++) word[i][half / 2][half % 2] = some[i];
+        }
+    }
+};
+
+// The fields of one half of a word of all rows, where lookups want them: in the lowest bits.
+template <int Vectors>
+struct HalfwordFields {
+    __m512i of[3][Vectors];
+
+    HalfwordFields() = default;
+    [[gnu::always_inline]] HalfwordFields(const __m512i (*word)[2], int half) {
+        const __m512i lane = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i low = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(32)), 16));
+        const __m512i order = half ? _mm512_add_epi16(low, _mm512_set1_epi16(1)) : low;
+        for (int v = 0; v < Vectors; v++) {
+            of[0][v] = _mm512_permutex2var_epi16(word[v][0], order, word[v][1]);
+            of[1][v] = _mm512_srli_epi16(of[0][v], 5);
+            of[2][v] = _mm512_srli_epi16(of[0][v], 10);
+        }
+    }
+};
+
+// What halfwords choose of the activations of 128 columns at most.
+template <int Vectors, int Pieces>
+struct HalfwordSums {
+    __m512i sum[Pieces][Vectors] = {};
+
+    [[gnu::always_inline]] void add(const HalfwordTable<Pieces>& table, const HalfwordFields<Vectors>& fields) {
+        find(table.first, fields.of[0]);
+        asm volatile("" : : : "memory");
+        find(table.second, fields.of[1]);
+        asm volatile("" : : : "memory");
+        __m512i low[Pieces], high[Pieces];
+        for (int p = 0; p < Pieces; p++) {
+            low[p] = _mm512_load_si512(table.third[p]);
+            high[p] = _mm512_load_si512(table.third[p] + 32);
+        }
+        for (int v = 0; v < Vectors; v++) {
+            for (int p = 0; p < Pieces; p++) {
+                sum[p][v] = _mm512_add_epi16(sum[p][v], _mm512_permutex2var_epi16(low[p], fields.of[2][v], high[p]));
+            }
+        }
+        asm volatile("" : : : "memory");
+    }
+    // Of the 16 rows of even or odd lanes, ``times`` what they add up to where kMostUnits are 1.
+    [[gnu::always_inline]] __m512 total(int v, bool odd, float times) const {
+        const auto lanes = [odd](int worth) { return _mm512_set1_epi32(odd ? worth << 16 : worth); };
+        __m512i total = _mm512_madd_epi16(sum[0][v], lanes(1));
+        if (Pieces == 2) total = _mm512_dpwssd_epi32(total, sum[Pieces - 1][v], lanes(1 << kLowBits));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(times / kMostUnits<Pieces>));
+    }
+
+   private:
+    [[gnu::always_inline]] void find(const int16_t (&table)[Pieces][32], const __m512i* index) {
+        __m512i sums[Pieces];
+        for (int p = 0; p < Pieces; p++) sums[p] = _mm512_load_si512(table[p]);
+        for (int v = 0; v < Vectors; v++) {
+            for (int p = 0; p < Pieces; p++) {
+                sum[p][v] = _mm512_add_epi16(sum[p][v], _mm512_permutexvar_epi16(index[v], sums[p]));
+            }
+        }
+    }
+};
+
+}  // namespace avx512
+}  // namespace kernels

@@ -1,0 +1,166 @@
+// Sign planes with AVX-512, where groups are whole words: halfwords.h.
+//
+//     y = sum over groups of  mean T  +  sum over planes of  scale (T - 2 S)
+
+#pragma once
+
+#include "halfwords_avx512.h"
+#include "sign_planes.h"
+
+namespace kernels {
+namespace avx512 {
+
+// Coefficients of the rows of a tile of halfwords, those of one run at a time.
+template <int Vectors>
+class HalfwordCoefficients {
+   public:
+    HalfwordCoefficients(const Coefficients& of, int64_t row, int64_t n) {
+        for (int v = 0; v < Vectors; v++) tile_[v].take(of, Tile<Avx512>(row + kHalfwordRows * v, n));
+    }
+    void find(int64_t index) {
+        index_ = index;
+        for (CoefficientTile<Avx512>& tile : tile_) tile.find(index);
+    }
+    [[gnu::always_inline]] __m512 at(int v, int half) const { return tile_[v].found(index_, half); }
+
+   private:
+    CoefficientTile<Avx512> tile_[Vectors];
+    int64_t index_ = 0;
+};
+
+// Rows [row, row + 32 * Vectors), as many of them as there are; One: times one token.
+template <int Vectors, int Pieces, bool One>
+class SignTile {
+   public:
+    SignTile(const SignPlanes& w, const Activations& x, int64_t row, float* y, int64_t stride)
+        : w_(w), x_(x), row_(row), y_(y + row), stride_(stride) {}
+
+    // Adds the words [word, end); ``word`` is the first of a block.
+    void add(int64_t word, int64_t end) {
+        for (int64_t plane = 0; plane < w_.planes; plane++) add_plane(plane, word, end);
+    }
+
+   private:
+    using Scales = HalfwordCoefficients<Vectors>;
+
+    void add_plane(int64_t plane, int64_t word, int64_t end) {
+        const Plane& signs = w_.signs[plane];
+        const bool with_means = plane == 0 && w_.means.data;
+        Scales scales(w_.scales[plane], row_, w_.n), means(w_.means, row_, w_.n);
+        constexpr int64_t rows = kHalfwordRows * Vectors;
+        Ahead<Avx512> ahead;
+        if (One) {
+            const int64_t steps = 2 * x_.words + x_.words / kChunkWords * HalfwordBlock<Vectors>::kSteps;
+            ahead = {signs.data, signs.row_bytes, row_, w_.n, rows, steps, true};
+        }
+        for (int64_t block = word; block < end; block += kChunkWords) {
+            const int64_t count = least(kChunkWords, end - block);
+            HalfwordBlock<Vectors> bits;
+            bits.load(signs, row_, w_.n, block, count, One ? &ahead : nullptr);
+            for (RunsOf run(x_, block, count); run; ++run) {
+                scales.find(run.index);
+                if (run.begins) {
+                    add_constant(run.index, scales);
+                    if (with_means) {
+                        means.find(run.index);
+                        add_constant(run.index, means);
+                    }
+                }
+                for (int64_t from = run.from, upto; from < run.upto; from = upto) {
+                    upto = least(run.upto, (from / kStepWords + 1) * kStepWords);
+                    add_step(bits.word + from, block + from, upto - from, scales, ahead);
+                }
+            }
+        }
+    }
+
+    void add_constant(int64_t run, const Scales& of) {
+        for (int64_t token = 0; token < x_.tokens; token++) {
+            add_to(token, of, [sum = _mm512_set1_ps(x_.sums[token * x_.runs + run])](int, int) { return sum; });
+        }
+    }
+
+    // Words of one step.
+    void add_step(const __m512i (*words)[Vectors][2], int64_t word, int64_t count, const Scales& scales,
+                  Ahead<Avx512>& ahead) {
+        HalfwordFields<Vectors> fields[One ? 1 : 2 * kStepWords];
+        for (int64_t i = 0; !One && i < 2 * count; i++) fields[i] = {words[i / 2], static_cast<int>(i % 2)};
+        for (int64_t token = 0; token < (One ? 1 : x_.tokens); token++) {
+            const HalfwordTable<Pieces>* table =
+                reinterpret_cast<const HalfwordTable<Pieces>*>(x_.tables) + 2 * (token * x_.words + word);
+            HalfwordSums<Vectors, Pieces> sums;
+#pragma GCC unroll 1
+            for (int64_t i = 0; One && i < count; i++) {
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++) {
+                    ahead.step();
+                    sums.add(table[2 * i + half], HalfwordFields<Vectors>(words[i], half));
+                }
+            }
+#pragma GCC unroll 1
+            for (int64_t i = 0; !One && i < 2 * count; i++) sums.add(table[i], fields[i]);
+            const __m512 size = _mm512_set1_ps(x_.steps[token * x_.words + word]);
+            add_to(token, scales, [&](int v, int half) { return _mm512_mul_ps(sums.total(v, half, -2.0f), size); });
+        }
+    }
+
+    // y += coefficient * value(vector, half), of all rows.
+    template <class Value>
+    [[gnu::always_inline]] void add_to(int64_t token, const Scales& coefficients, Value value) {
+        for (int v = 0; v < Vectors; v++) {
+            for (int half = 0; half < 2; half++) {
+                float* to = y_ + token * stride_ + kHalfwordRows * v + 16 * half;
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(coefficients.at(v, half), value(v, half), _mm512_loadu_ps(to)));
+            }
+        }
+    }
+
+    const SignPlanes& w_;
+    const Activations& x_;
+    int64_t row_;
+    float* y_;
+    int64_t stride_;
+};
+
+// Tables that are in use at a time. With many tokens rows take turns in a panel of columns, so that its tables stay in
+// the second-level cache.
+constexpr int64_t kPanelBytes = 1 << 19;
+
+template <int Pieces, bool One>
+void sign_halfwords(const SignPlanes& w, const Activations& x, int64_t first, int64_t last, float* y, int64_t stride) {
+    constexpr int64_t word_bytes = 2 * sizeof(HalfwordTable<Pieces>);
+    const int64_t blocks = greatest(kPanelBytes / (x.tokens * word_bytes * kChunkWords), 1);
+    const int64_t panel = One ? x.words : blocks * kChunkWords;
+    for (int64_t word = 0; word < x.words; word += panel) {
+        const int64_t end = least(word + panel, x.words);
+        for (int64_t row = first; row < last;) {
+            const int64_t left = last - row;
+            if (left > 3 * kHalfwordRows) {
+                SignTile<4, Pieces, One>(w, x, row, y, stride).add(word, end);
+                row += 4 * kHalfwordRows;
+            } else if (left > kHalfwordRows) {
+                SignTile<2, Pieces, One>(w, x, row, y, stride).add(word, end);
+                row += 2 * kHalfwordRows;
+            } else {
+                SignTile<1, Pieces, One>(w, x, row, y, stride).add(word, end);
+                row += kHalfwordRows;
+            }
+        }
+    }
+}
+
+template <bool Int8>
+void sign_halfwords_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
+                         int64_t stride) {
+    const SignPlanes& w = *static_cast<const SignPlanes*>(matrix);
+    const Activations& x = kinds[0];
+    const int64_t rows = (last - first + kHalfwordRows - 1) / kHalfwordRows * kHalfwordRows;
+    for (int64_t token = 0; token < x.tokens; token++) {
+        for (int64_t i = 0; i < rows; i += 16) _mm512_storeu_ps(y + token * stride + first + i, _mm512_setzero_ps());
+    }
+    if (x.tokens == 1) sign_halfwords<kPieces[Int8], true>(w, x, first, last, y, stride);
+    else sign_halfwords<kPieces[Int8], false>(w, x, first, last, y, stride);
+}
+
+}  // namespace avx512
+}  // namespace kernels
