@@ -228,6 +228,7 @@ bool supported() {
 #include "partial_dots_avx512.h"
 #include "sign_dots_avx512.h"
 #include "sign_halfwords_avx512.h"
+#include "coded_halfwords_avx512.h"
 #include "structured_avx512.h"
 #include "structured_dots_avx512.h"
 #include "kept_dots_avx512.h"
@@ -244,14 +245,15 @@ constexpr Isa with_dots() {
     isa.sign_dots = sign_dots_rows;
     isa.sign_halfwords[0] = sign_halfwords_rows<false>;
     isa.sign_halfwords[1] = sign_halfwords_rows<true>;
-    isa.split_dots[0] = split_dots_rows<kDigits[0]>;
-    isa.split_dots[1] = split_dots_rows<kDigits[1]>;
+    isa.coded_halfwords[0] = coded_halfwords_rows<false>;
+    isa.coded_halfwords[1] = coded_halfwords_rows<true>;
     isa.kept_dots[0] = kept_dots_rows<kDigits[0]>;
     isa.kept_dots[1] = kept_dots_rows<kDigits[1]>;
-    isa.structured_dots[0] = structured_dots_rows<kDigits[0]>;
-    isa.structured_dots[1] = structured_dots_rows<kDigits[1]>;
+    isa.split_dots = split_dots_rows<kDigits[1]>;
     isa.haar_dots[0] = haar_dots_rows<kDigits[0]>;
     isa.haar_dots[1] = haar_dots_rows<kDigits[1]>;
+    isa.structured_dots[0] = structured_dots_rows<kDigits[0]>;
+    isa.structured_dots[1] = structured_dots_rows<kDigits[1]>;
     isa.partial_dots[0] = partial_dots_rows<false>;
     isa.partial_dots[1] = partial_dots_rows<true>;
     return isa;

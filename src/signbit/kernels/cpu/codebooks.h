@@ -27,11 +27,14 @@ enum class Bits : int32_t { all, signs, zones, negative0, negative1, residual0, 
 constexpr int kBits = 7;
 
 constexpr int kMaxNumbers = 6, kMaxTerms = 12;
+constexpr int kLookupSizes = 3;
 
 struct Term {
     Bits bits;
     int32_t kind;
-    float weight[kMaxNumbers];  // of the codebook's numbers, its scales and then its means
+    int64_t numbers;             // so many of the codebook's numbers, its scales and then its means, and their weights
+    int64_t number[kMaxNumbers];
+    float weight[kMaxNumbers];
 };
 
 // Bits of a plane in compact order that belong to ``mask`` in a word of the block, moved left (or right, if negative).
@@ -46,9 +49,10 @@ struct Codebooks {
     const int32_t* of_run;            // each run's codebook; null: the run's own number
     int64_t terms;
     Term term[kMaxTerms];
-    // Of lookups of one nibble and of two: those of run i are [lookups_end[i - 1], lookups_end[i]). Null: whole words.
-    const Lookup* lookups[2];
-    const int64_t* lookups_end[2];
+    // Of lookups of one nibble, of two, and of fields of halfwords: those of run i are [lookups_end[i - 1],
+    // lookups_end[i]). Null: whole words.
+    const Lookup* lookups[kLookupSizes];
+    const int64_t* lookups_end[kLookupSizes];
 };
 
 // Planes, and the one or two sets of codebooks that say what they mean.
@@ -145,51 +149,66 @@ struct CodeWords {
     }
 };
 
-// The codebooks of a tile's rows, as coefficients of their terms.
-template <class I>
+// The codebooks of the rows of so many tiles, as coefficients of their terms.
+template <class I, int Tiles = 1>
 class CodebookTile {
    public:
-    CodebookTile(const Codebooks& set, const Tile<I>& tile)
-        : set_(set), scales_(set.scales, tile), means_(set.means, tile) {}
+    using Coefficients = Column<I>[kMaxTerms][Tiles];
 
-    void at(int64_t run, Column<I>* coefficients) {
-        const int64_t book = set_.of_run ? set_.of_run[run] : run;
-        const int64_t numbers = set_.scales_each + set_.means_each;
-        Column<I> number[kMaxNumbers];
-        for (int64_t i = 0; i < set_.scales_each; i++) number[i] = scales_.at(book * set_.scales_each + i);
-        for (int64_t i = 0; i < set_.means_each; i++) {
-            number[set_.scales_each + i] = means_.at(book * set_.means_each + i);
+    void take(const Codebooks& set, int64_t row, int64_t n) {
+        set_ = &set;
+        for (int i = 0; i < Tiles; i++) {
+            const Tile<I> tile(row + i * Tile<I>::rows, n);
+            scales_[i].take(set.scales, tile);
+            means_[i].take(set.means, tile);
         }
-        for (int64_t t = 0; t < set_.terms; t++) {
-            // The first number's weight is seldom 0; of most others it is.
-            Column<I> sum = number[0] * set_.term[t].weight[0];
-            for (int64_t i = 1; i < numbers; i++) {
-                const float weight = set_.term[t].weight[i];
-                if (weight == 0.0f) continue;
-                for (int s = 0; s < I::strips; s++) {
-                    sum.strip[s] = I::fma(number[i].strip[s], I::set(weight), sum.strip[s]);
-                }
+    }
+    void at(int64_t run, Coefficients& coefficients) {
+        const Codebooks& set = *set_;
+        // A codebook has 1, 2 or 4 scales and means: those of one are found together.
+        const int64_t book = set.of_run ? set.of_run[run] : run;
+        const int64_t scale = book * set.scales_each, mean = book * set.means_each;
+        for (int i = 0; i < Tiles; i++) {
+            scales_[i].find(scale);
+            if (set.means_each) means_[i].find(mean);
+        }
+        for (int64_t t = 0; t < set.terms; t++) {
+            const Term& term = set.term[t];
+            Column<I> sum[Tiles] = {};
+            for (int64_t k = 0; k < term.numbers; k++) {
+                const int64_t number = term.number[k] - set.scales_each;
+                if (number < 0) add(scales_, scale + term.number[k], term.weight[k], sum);
+                else add(means_, mean + number, term.weight[k], sum);
             }
-            coefficients[t] = sum;
+            for (int i = 0; i < Tiles; i++) coefficients[t][i] = sum[i];
         }
     }
 
    private:
-    const Codebooks& set_;
-    CoefficientTile<I> scales_, means_;
+    static void add(const CoefficientTile<I>* from, int64_t index, float weight, Column<I>* sum) {
+        for (int i = 0; i < Tiles; i++) {
+            for (int s = 0; s < I::strips; s++) {
+                sum[i].strip[s] = I::fma(from[i].found(index, s), I::set(weight), sum[i].strip[s]);
+            }
+        }
+    }
+
+    const Codebooks* set_ = nullptr;
+    CoefficientTile<I> scales_[Tiles], means_[Tiles];
 };
 
-// Everything that the next tile of a part needs, in as many steps as there are runs.
+// Everything that the next tile of a part needs, in so many steps.
 template <class I>
 class PartAhead {
    public:
-    PartAhead(const CodedPlanes& part, const Tile<I>& tile, int64_t steps) {
-        for (const Plane* plane : {&part.signs, &part.zones, &part.residual}) {
-            add(plane->data, plane->row_bytes, tile, steps);
-        }
+    PartAhead(const CodedPlanes& part, int64_t row, int64_t n, int64_t rows, int64_t steps, bool far = false) {
+        const auto add = [&](const void* data, int64_t row_bytes) {
+            if (data) ahead_[count_++] = Ahead<I>(data, row_bytes, row, n, rows, steps, far);
+        };
+        for (const Plane* plane : {&part.signs, &part.zones, &part.residual}) add(plane->data, plane->row_bytes);
         for (int64_t set = 0; set < part.sets; set++) {
             for (const Coefficients* numbers : {&part.set[set].scales, &part.set[set].means}) {
-                add(numbers->data, numbers->per_row * (numbers->type == Scalar::f32 ? 4 : 2), tile, steps);
+                add(numbers->data, numbers->per_row * (numbers->type == Scalar::f32 ? 4 : 2));
             }
         }
     }
@@ -198,9 +217,6 @@ class PartAhead {
     }
 
    private:
-    void add(const void* data, int64_t row_bytes, const Tile<I>& tile, int64_t steps) {
-        if (data) ahead_[count_++] = Ahead<I>(data, row_bytes, tile, steps);
-    }
     Ahead<I> ahead_[7];
     int count_ = 0;
 };
@@ -212,14 +228,14 @@ void add_codes(const Codebooks& set, const CodeWords<I>& words, int64_t word, in
     constexpr int width = I::template Sum<Int8>::nibbles - 1;
     for (RunsOf run(kinds[set.term[0].kind], word, count); run; ++run) {
         ahead.step();
-        Column<I> coefficients[kMaxTerms];
+        typename CodebookTile<I>::Coefficients coefficients;
         books.at(run.index, coefficients);
         for (int64_t t = 0; t < set.terms; t++) {
             const Activations& x = kinds[set.term[t].kind];
             if (set.term[t].bits == Bits::all) {
                 if (!run.begins) continue;
                 for (int64_t token = 0; token < x.tokens; token++) {
-                    out.add(token, coefficients[t], x.sums[token * x.runs + run.index]);
+                    out.add(token, coefficients[t][0], x.sums[token * x.runs + run.index]);
                 }
                 continue;
             }
@@ -231,7 +247,7 @@ void add_codes(const Codebooks& set, const CodeWords<I>& words, int64_t word, in
             } else {
                 look_up<I, Int8>(words[set.term[t].bits], run, x, sums);
             }
-            for (int64_t token = 0; token < x.tokens; token++) out.add(token, coefficients[t], sums[token]);
+            for (int64_t token = 0; token < x.tokens; token++) out.add(token, coefficients[t][0], sums[token]);
         }
     }
 }
@@ -271,14 +287,15 @@ void coded_rows(const void* matrix, const Activations* kinds, int64_t first, int
             any_pairs |= part.pairs;
             int64_t runs = 0;
             for (int64_t set = 0; set < part.sets; set++) runs += kinds[part.set[set].term[0].kind].runs;
-            PartAhead<I> ahead(part, tile, runs);
-            CodebookTile<I> first_books(part.set[0], tile), second_books(part.set[1], tile);
+            PartAhead<I> ahead(part, tile.row, tile.n, Tile<I>::rows, runs);
+            CodebookTile<I> books[2];
+            for (int64_t set = 0; set < part.sets; set++) books[set].take(part.set[set], row, w.n);
             for (Blocks<I> block(kinds[part.set[0].term[0].kind]); block; ++block) {
                 CodeWords<I> words;
                 words.load(part, tile, block.word, block.count);
                 for (int64_t set = 0; set < part.sets; set++) {
                     add_codes<I, Int8>(part.set[set], words, block.word, block.count, kinds,
-                                       set ? second_books : first_books, ahead, part.pairs ? pairs : out);
+                                       books[set], ahead, part.pairs ? pairs : out);
                 }
             }
         }

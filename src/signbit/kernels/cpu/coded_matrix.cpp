@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "dots.h"
 #include "floats.h"
 
 namespace kernels {
@@ -19,7 +20,25 @@ SalientColumns::SalientColumns(Plane map, int64_t m, int64_t group_size) {
     }
 }
 
-CodedMatrix::CodedMatrix(int64_t n, int64_t m, int64_t group_size) : Matrix(n, m, group_size), group_size_(group_size) {
+namespace {
+
+// Those that find the bits of a mask: nibbles, pairs of nibbles, or fields of halfwords.
+std::vector<Lookup> lookups_of(int size, int64_t word, uint32_t mask) {
+    constexpr int counts[kLookupSizes] = {8, 4, 6};
+    const int64_t block = size == 2 ? kChunkWords : kBlockWords;
+    std::vector<Lookup> lookups;
+    for (int32_t i = 0; i < counts[size]; i++) {
+        const int shift = size == 2 ? 16 * (i / 3) + 5 * (i % 3) : 4 * i;
+        const uint32_t found = size == 0 ? 0xf : size == 1 ? 0x000f000f : i % 3 == 2 ? 0x3f : 0x1f;
+        if (const uint32_t own = mask >> shift & found) lookups.push_back({static_cast<int32_t>(word % block), i, own});
+    }
+    return lookups;
+}
+
+}  // namespace
+
+CodedMatrix::CodedMatrix(int64_t n, int64_t m, int64_t group_size, Form form)
+    : Matrix(n, m, group_size), group_size_(group_size), form_(form) {
     coded_.n = n;
 }
 
@@ -92,8 +111,12 @@ Codebooks& CodedMatrix::add_set(CodedPlanes& part, Coefficients scales, Coeffici
 void CodedMatrix::add(Codebooks& set, Bits bits, int32_t kind, int64_t number, float weight) {
     int64_t t = 0;
     while (t < set.terms && (set.term[t].bits != bits || set.term[t].kind != kind)) t++;
-    if (t == set.terms) set.term[set.terms++] = {bits, kind, {}};
-    set.term[t].weight[number] += weight;
+    if (t == set.terms) set.term[set.terms++] = {bits, kind, 0, {}, {}};
+    Term& term = set.term[t];
+    int64_t i = 0;
+    while (i < term.numbers && term.number[i] != number) i++;
+    if (i == term.numbers) term.number[term.numbers++] = number;
+    term.weight[i] += weight;
 }
 
 void CodedMatrix::add_zones(Codebooks& set, Bits negative0, Bits negative1, int64_t scale0, int64_t scale1,
@@ -153,22 +176,18 @@ const std::vector<Run>& CodedMatrix::assign(Codebooks& set, const Positions& boo
         books.push_back(piece.book);
         runs.push_back(run);
     }
-    for (int wide = 0; sparse && wide < 2; wide++) {
+    for (int size = 0; sparse && size < kLookupSizes; size++) {
         std::vector<Lookup> lookups;
         std::vector<int64_t> ends;
-        const uint32_t found = wide ? 0x000f000f : 0xf;
         for (const Piece& piece : pieces) {
             for (int64_t word = piece.run.word; word < piece.run.end; word++) {
-                const uint32_t mask = mask_of(word, piece.book);
-                for (int32_t nibble = 0; nibble < (wide ? 4 : 8); nibble++) {
-                    const uint32_t own = mask >> 4 * nibble & found;
-                    if (own) lookups.push_back({static_cast<int32_t>(word % kBlockWords), nibble, own});
-                }
+                const std::vector<Lookup> own = lookups_of(size, word, mask_of(word, piece.book));
+                lookups.insert(lookups.end(), own.begin(), own.end());
             }
             ends.push_back(static_cast<int64_t>(lookups.size()));
         }
-        set.lookups[wide] = keep(lookups_, std::move(lookups));
-        set.lookups_end[wide] = keep(ends_, std::move(ends));
+        set.lookups[size] = keep(lookups_, std::move(lookups));
+        set.lookups_end[size] = keep(ends_, std::move(ends));
     }
     set.of_run = keep(books_, std::move(books));
     keep(runs_, std::move(runs));

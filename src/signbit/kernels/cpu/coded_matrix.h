@@ -27,13 +27,17 @@ class CodedMatrix : public Matrix {
         const std::vector<Run>* runs;
     };
 
-    CodedMatrix(int64_t n, int64_t m, int64_t group_size);
+    // form: that of all kinds; rows() is for tables and halfwords.
+    CodedMatrix(int64_t n, int64_t m, int64_t group_size, Form form);
 
+    Form form(int64_t) const override { return form_; }
     int64_t kinds() const override { return static_cast<int64_t>(kinds_.size()); }
     void columns(int64_t kind, const float* x, float* out) const override;
     int64_t kind_words(int64_t kind) const override { return kinds_[kind].words; }
     const std::vector<Run>& kind_runs(int64_t kind) const override { return *kinds_[kind].runs; }
-    Rows rows(const Isa& isa, bool int8) const override { return isa.coded[int8]; }
+    Rows rows(const Isa& isa, bool int8) const override {
+        return form_ == Form::halfwords ? isa.coded_halfwords[int8] : isa.coded[int8];
+    }
     const void* self() const override { return &coded_; }
 
    protected:
@@ -54,6 +58,7 @@ class CodedMatrix : public Matrix {
     const std::vector<Run>& assign(Codebooks& set, const Positions& book, int64_t cut, bool sparse);
 
     int64_t group_size_;
+    Form form_;
     Coded coded_{};
 
     // Terms. Numbers of a codebook are counted from its first scale; its first mean is number scales_each.

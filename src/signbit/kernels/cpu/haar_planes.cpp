@@ -20,8 +20,8 @@ namespace {
 
 class HaarPlanesMatrix : public CodedMatrix {
    public:
-    HaarPlanesMatrix(int64_t n, int64_t m, int64_t group_size, bool along_rows, const HaarPlanes& from)
-        : CodedMatrix(n, m, group_size), from_(from), salient_(from.salient, m, group_size) {
+    HaarPlanesMatrix(int64_t n, int64_t m, int64_t group_size, bool along_rows, const HaarPlanes& from, Form form)
+        : CodedMatrix(n, m, group_size, form), from_(from), salient_(from.salient, m, group_size) {
         if (along_rows) {
             add_bands();
             if (!salient_.columns.empty()) add_compact();
@@ -42,7 +42,8 @@ class HaarPlanesMatrix : public CodedMatrix {
         const int64_t size = group_size_ ? group_size_ : m;
         // Two bands of a group in one window: so their codebooks, which lie side by side, are used one after the other.
         part.window = kStepWords;
-        while (32 * part.window < size && part.window < kBlockWords) part.window *= 2;
+        const int64_t most = form_ == Form::halfwords ? kChunkWords : kBlockWords;
+        while (32 * part.window < size && part.window < most) part.window *= 2;
         words = (words + 1) / 2 * 2;
         Positions columns(32 * words, -1), book(32 * words, -1);
         for (int64_t column = 0; column < m; column++) {
@@ -89,7 +90,7 @@ class HaarPlanesMatrix : public CodedMatrix {
 class HaarDotsMatrix : public CodedMatrix {
    public:
     HaarDotsMatrix(int64_t n, int64_t m, int64_t group_size, bool along_rows, const HaarPlanes& from)
-        : CodedMatrix(n, m, group_size), salient_(from.salient, m, group_size) {
+        : CodedMatrix(n, m, group_size, Form::digits), salient_(from.salient, m, group_size) {
         if (along_rows) brought_together_.cut(salient_);
         else brought_together_.pick(salient_, m, group_size);
         const std::vector<int32_t> groups = groups_of_words(m, group_size);
@@ -115,7 +116,6 @@ class HaarDotsMatrix : public CodedMatrix {
         }
     }
     bool possible() const { return possible_; }
-    Form form(int64_t) const override { return Form::digits; }
     Rows rows(const Isa& isa, bool int8) const override { return isa.haar_dots[int8]; }
     const void* self() const override { return &dots_; }
 
@@ -130,9 +130,16 @@ class HaarDotsMatrix : public CodedMatrix {
 }  // namespace
 
 std::unique_ptr<Matrix> haar_planes(int64_t n, int64_t m, int64_t group_size, bool along_rows, const HaarPlanes& from) {
-    auto matrix = std::make_unique<HaarPlanesMatrix>(n, m, group_size, along_rows, from);
+    auto matrix = std::make_unique<HaarPlanesMatrix>(n, m, group_size, along_rows, from, Form::tables);
     auto dots = std::make_unique<HaarDotsMatrix>(n, m, group_size, along_rows, from);
-    if (dots->possible()) matrix->better = std::move(dots);
+    std::unique_ptr<Matrix>* better = &matrix->better;
+    // Words of even and of odd columns are made of two: each has to be of one group.
+    if (group_size == 0 || group_size >= m || group_size % 64 == 0) {
+        matrix->better = std::make_unique<HaarPlanesMatrix>(n, m, group_size, along_rows, from, Form::halfwords);
+        matrix->better_tokens = INT64_MAX;
+        better = &matrix->better->better;
+    }
+    if (dots->possible()) *better = std::move(dots);
     return matrix;
 }
 

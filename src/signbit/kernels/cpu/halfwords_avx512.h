@@ -45,10 +45,9 @@ inline void tabulate_halfword(const float* x, HalfwordTable<Pieces>& table) {
 template <int Pieces>
 constexpr float kMostUnits = Pieces == 1 ? 127.0f : 32736.0f * (1 << kLowBits);
 
-// Brings the activations of each step to units, in place, and says what kMostUnits are: the size of the largest, or of the
-// largest sum. Not what one unit is, which may be too small for a float.
+// Brings the activations of each step to units, in place, and says what one is worth.
 template <int Pieces>
-inline void to_units(float* x, int64_t words, float* sizes) {
+inline void to_units(float* x, int64_t words, float* units) {
     for (int64_t word = 0; word < words; word += kStepWords) {
         const int64_t from = 32 * word, upto = 32 * least(word + kStepWords, words);
         __m512 largest = _mm512_setzero_ps(), up = largest, down = largest, spoilt = largest;
@@ -72,16 +71,18 @@ inline void to_units(float* x, int64_t words, float* sizes) {
             const __m512 whole = Pieces == 1 ? _mm512_roundscale_ps(own, nearest) : own;
             _mm512_storeu_ps(x + i, any ? whole : _mm512_setzero_ps());
         }
-        for (int64_t i = word; i < upto / 32; i++) sizes[i] = size + not_finite;
+        for (int64_t i = word; i < upto / 32; i++) units[i] = size / kMostUnits<Pieces> + not_finite;
     }
 }
 
-// What the activations of a run of whole words add up to; each word's times its size.
-inline float sum_of_words(const float* x, const float* sizes, const Run& run) {
+// What the activations of a run add up to; each word's times its unit, if there are any.
+inline float sum_of_run(const float* x, const float* units, const Run& run) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t word = run.word; word < run.end; word++) {
-        const __m512 own = _mm512_add_ps(_mm512_loadu_ps(x + 32 * word), _mm512_loadu_ps(x + 32 * word + 16));
-        sum = sizes ? _mm512_fmadd_ps(own, _mm512_set1_ps(sizes[word]), sum) : _mm512_add_ps(own, sum);
+        const uint32_t own = mask_of(run, word);
+        const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(own), x + 32 * word);
+        const __m512 both = _mm512_add_ps(low, _mm512_maskz_loadu_ps(static_cast<__mmask16>(own >> 16), x + 32 * word + 16));
+        sum = units ? _mm512_fmadd_ps(both, _mm512_set1_ps(units[word]), sum) : _mm512_add_ps(both, sum);
     }
     return _mm512_reduce_add_ps(sum);
 }
@@ -89,17 +90,17 @@ inline float sum_of_words(const float* x, const float* sizes, const Run& run) {
 // sums: of the activations as they are looked up, which in 8 bits are not what they were.
 template <int Pieces>
 void prepare_in_pieces(float* x, int64_t words, const Run* run, int64_t runs, HalfwordTable<Pieces>* tables,
-                       float* sizes, float* sums) {
-    for (int64_t i = 0; Pieces > 1 && i < runs; i++) sums[i] = sum_of_words(x, nullptr, run[i]);
-    to_units<Pieces>(x, words, sizes);
-    for (int64_t i = 0; Pieces == 1 && i < runs; i++) sums[i] = sum_of_words(x, sizes, run[i]) / kMostUnits<1>;
+                       float* units, float* sums) {
+    for (int64_t i = 0; Pieces > 1 && i < runs; i++) sums[i] = sum_of_run(x, nullptr, run[i]);
+    to_units<Pieces>(x, words, units);
+    for (int64_t i = 0; Pieces == 1 && i < runs; i++) sums[i] = sum_of_run(x, units, run[i]);
     for (int64_t i = 0; i < 2 * words; i++) tabulate_halfword(x + 16 * i, tables[i]);
 }
 
 inline void prepare_halfwords(float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* tables,
-                              float* sizes, float* sums) {
-    if (int8) prepare_in_pieces(x, words, run, runs, static_cast<HalfwordTable<1>*>(tables), sizes, sums);
-    else prepare_in_pieces(x, words, run, runs, static_cast<HalfwordTable<2>*>(tables), sizes, sums);
+                              float* units, float* sums) {
+    if (int8) prepare_in_pieces(x, words, run, runs, static_cast<HalfwordTable<1>*>(tables), units, sums);
+    else prepare_in_pieces(x, words, run, runs, static_cast<HalfwordTable<2>*>(tables), units, sums);
 }
 
 // A block of words of Vectors * 32 rows, those of 16 rows in a vector.
@@ -110,9 +111,10 @@ struct HalfwordBlock {
 
     __m512i word[kChunkWords][Vectors][2];
 
-    // Words [word, word + count) of rows [row, row + 32 * Vectors) of n; the last stands in for those that are not there.
+    // Words [first, first + count) of rows [row, row + 32 * Vectors) of n; the last stands in for those that are not there.
     // Unless ``ahead`` does, this fetches the same words of the next tile.
-    void load(const Plane& plane, int64_t row, int64_t n, int64_t first, int64_t count, Ahead<Avx512>* ahead) {
+    template <class Fetch>
+    void load(const Plane& plane, int64_t row, int64_t n, int64_t first, int64_t count, Fetch* ahead) {
         const __mmask16 present = first_of_16(count);
         for (int half = 0; half < 2 * Vectors; half++) {
             __m512i some[16];
@@ -129,21 +131,27 @@ struct HalfwordBlock {
     }
 };
 
-// The fields of one half of a word of all rows, where lookups want them: in the lowest bits.
+// One half of a word of 32 rows.
+[[gnu::always_inline]] inline __m512i halfwords_of(const __m512i (&word)[2], int half) {
+    const __m512i lane = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i low = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(32)), 16));
+    const __m512i order = half ? _mm512_add_epi16(low, _mm512_set1_epi16(1)) : low;
+    return _mm512_permutex2var_epi16(word[0], order, word[1]);
+}
+
+// The fields of halfwords of all rows, where lookups want them: in the lowest bits.
 template <int Vectors>
 struct HalfwordFields {
     __m512i of[3][Vectors];
 
     HalfwordFields() = default;
     [[gnu::always_inline]] HalfwordFields(const __m512i (*word)[2], int half) {
-        const __m512i lane = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i low = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(32)), 16));
-        const __m512i order = half ? _mm512_add_epi16(low, _mm512_set1_epi16(1)) : low;
-        for (int v = 0; v < Vectors; v++) {
-            of[0][v] = _mm512_permutex2var_epi16(word[v][0], order, word[v][1]);
-            of[1][v] = _mm512_srli_epi16(of[0][v], 5);
-            of[2][v] = _mm512_srli_epi16(of[0][v], 10);
-        }
+        for (int v = 0; v < Vectors; v++) set(v, halfwords_of(word[v], half));
+    }
+    [[gnu::always_inline]] void set(int v, __m512i halfwords) {
+        of[0][v] = halfwords;
+        of[1][v] = _mm512_srli_epi16(halfwords, 5);
+        of[2][v] = _mm512_srli_epi16(halfwords, 10);
     }
 };
 
@@ -169,12 +177,28 @@ struct HalfwordSums {
         }
         asm volatile("" : : : "memory");
     }
-    // Of the 16 rows of even or odd lanes, ``times`` what they add up to where kMostUnits are 1.
-    [[gnu::always_inline]] __m512 total(int v, bool odd, float times) const {
+    // One field of the three, of halfwords.
+    [[gnu::always_inline]] void add_field(const HalfwordTable<Pieces>& table, int field, uint32_t mask,
+                                          const __m512i* halfwords) {
+        const __m512i bits = _mm512_set1_epi16(static_cast<short>(mask));
+        const int16_t* from = field == 0 ? table.first[0] : field == 1 ? table.second[0] : table.third[0];
+        const int64_t stride = field == 2 ? 64 : 32;
+        for (int v = 0; v < Vectors; v++) {
+            const __m512i index = _mm512_and_si512(_mm512_srl_epi16(halfwords[v], _mm_cvtsi32_si128(5 * field)), bits);
+            for (int p = 0; p < Pieces; p++) {
+                const __m512i low = _mm512_load_si512(from + p * stride);
+                // A field of five bits never asks for the second half.
+                const __m512i high = _mm512_load_si512(from + p * stride + (field == 2 ? 32 : 0));
+                sum[p][v] = _mm512_add_epi16(sum[p][v], _mm512_permutex2var_epi16(low, index, high));
+            }
+        }
+    }
+    // Of the 16 rows of even or odd lanes, in units.
+    [[gnu::always_inline]] __m512 total(int v, bool odd) const {
         const auto lanes = [odd](int worth) { return _mm512_set1_epi32(odd ? worth << 16 : worth); };
         __m512i total = _mm512_madd_epi16(sum[0][v], lanes(1));
         if (Pieces == 2) total = _mm512_dpwssd_epi32(total, sum[Pieces - 1][v], lanes(1 << kLowBits));
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(times / kMostUnits<Pieces>));
+        return _mm512_cvtepi32_ps(total);
     }
 
    private:
@@ -188,6 +212,48 @@ struct HalfwordSums {
         }
     }
 };
+
+// Tables that are in use at a time. With many tokens rows take turns in a panel of columns, so that its tables stay in
+// the second-level cache.
+constexpr int64_t kPanelBytes = 1 << 19;
+
+// Words of a panel: whole blocks. Rows times one token are read from end to end.
+template <int Pieces, bool One>
+int64_t panel_words(const Activations& x) {
+    constexpr int64_t block_bytes = 2 * sizeof(HalfwordTable<Pieces>) * kChunkWords;
+    return One ? x.words : greatest(kPanelBytes / (x.tokens * block_bytes), 1) * kChunkWords;
+}
+
+template <int Count>
+struct VectorsOfTile {
+    static constexpr int value = Count;
+};
+
+// Calls do_tile(VectorsOfTile<...>, row) for tiles of 128 rows, and for those that are left of 64 and of 32.
+template <class DoTile>
+void for_each_tile(int64_t first, int64_t last, DoTile do_tile) {
+    for (int64_t row = first; row < last;) {
+        const int64_t left = last - row;
+        if (left > 3 * kHalfwordRows) {
+            do_tile(VectorsOfTile<4>(), row);
+            row += 4 * kHalfwordRows;
+        } else if (left > kHalfwordRows) {
+            do_tile(VectorsOfTile<2>(), row);
+            row += 2 * kHalfwordRows;
+        } else {
+            do_tile(VectorsOfTile<1>(), row);
+            row += kHalfwordRows;
+        }
+    }
+}
+
+// Zeros for rows [first, last) and what is written beyond them (kOutputRows).
+inline void clear_outputs(int64_t tokens, int64_t first, int64_t last, float* y, int64_t stride) {
+    const int64_t end = (last + kHalfwordRows - 1) / kHalfwordRows * kHalfwordRows;
+    for (int64_t token = 0; token < tokens; token++) {
+        for (int64_t row = first; row < end; row += 16) _mm512_storeu_ps(y + token * stride + row, _mm512_setzero_ps());
+    }
+}
 
 }  // namespace avx512
 }  // namespace kernels

@@ -55,7 +55,7 @@ std::vector<Run> runs_of(int64_t columns, int64_t group_size);
 
 // One lookup: a nibble of a word (counted from the block's first), of which only the bits in a mask matter; the mask
 // has the nibble in its lowest bits. If lookups find two nibbles at once, it is this one and the one 16 columns
-// further.
+// further. If they find fields of halfwords (halfwords.h), it is one of a word's six.
 struct Lookup {
     int32_t word, nibble;
     uint32_t mask;
@@ -117,10 +117,10 @@ struct Isa {
     Prepare prepare[kForms];
     Rows sign_planes[2];     // exact, int8; each layout's rows [first, last): y[token * stride + row]
     // Null where there is none.
-    Rows sign_halfwords[2];
+    Rows sign_halfwords[2], coded_halfwords[2];
     // Times few tokens.
-    Rows sign_dots;  // in 8 bits
-    Rows split_dots[2], haar_dots[2], structured_dots[2], kept_dots[2], partial_dots[2];
+    Rows sign_dots, split_dots;  // in 8 bits
+    Rows haar_dots[2], structured_dots[2], kept_dots[2], partial_dots[2];
     Rows coded[2];
     Rows integers[2];
     Rows structured[2];
@@ -137,7 +137,7 @@ struct Matrix {
     int64_t n, m, words;
     std::vector<Run> runs;
     // The same matrix as what does better for up to so many tokens, where an instruction set has it; null if nothing does.
-    std::unique_ptr<const Matrix> better;
+    std::unique_ptr<Matrix> better;
     int64_t better_tokens = kFewTokens;
 
     Matrix(int64_t rows, int64_t columns, int64_t group_size)

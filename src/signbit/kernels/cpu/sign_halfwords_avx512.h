@@ -99,8 +99,8 @@ class SignTile {
             }
 #pragma GCC unroll 1
             for (int64_t i = 0; !One && i < 2 * count; i++) sums.add(table[i], fields[i]);
-            const __m512 size = _mm512_set1_ps(x_.steps[token * x_.words + word]);
-            add_to(token, scales, [&](int v, int half) { return _mm512_mul_ps(sums.total(v, half, -2.0f), size); });
+            const __m512 unit = _mm512_set1_ps(-2.0f * x_.steps[token * x_.words + word]);
+            add_to(token, scales, [&](int v, int half) { return _mm512_mul_ps(sums.total(v, half), unit); });
         }
     }
 
@@ -122,30 +122,14 @@ class SignTile {
     int64_t stride_;
 };
 
-// Tables that are in use at a time. With many tokens rows take turns in a panel of columns, so that its tables stay in
-// the second-level cache.
-constexpr int64_t kPanelBytes = 1 << 19;
-
 template <int Pieces, bool One>
 void sign_halfwords(const SignPlanes& w, const Activations& x, int64_t first, int64_t last, float* y, int64_t stride) {
-    constexpr int64_t word_bytes = 2 * sizeof(HalfwordTable<Pieces>);
-    const int64_t blocks = greatest(kPanelBytes / (x.tokens * word_bytes * kChunkWords), 1);
-    const int64_t panel = One ? x.words : blocks * kChunkWords;
+    const int64_t panel = panel_words<Pieces, One>(x);
     for (int64_t word = 0; word < x.words; word += panel) {
         const int64_t end = least(word + panel, x.words);
-        for (int64_t row = first; row < last;) {
-            const int64_t left = last - row;
-            if (left > 3 * kHalfwordRows) {
-                SignTile<4, Pieces, One>(w, x, row, y, stride).add(word, end);
-                row += 4 * kHalfwordRows;
-            } else if (left > kHalfwordRows) {
-                SignTile<2, Pieces, One>(w, x, row, y, stride).add(word, end);
-                row += 2 * kHalfwordRows;
-            } else {
-                SignTile<1, Pieces, One>(w, x, row, y, stride).add(word, end);
-                row += kHalfwordRows;
-            }
-        }
+        for_each_tile(first, last, [&](auto vectors, int64_t row) {
+            SignTile<decltype(vectors)::value, Pieces, One>(w, x, row, y, stride).add(word, end);
+        });
     }
 }
 
@@ -153,13 +137,9 @@ template <bool Int8>
 void sign_halfwords_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
                          int64_t stride) {
     const SignPlanes& w = *static_cast<const SignPlanes*>(matrix);
-    const Activations& x = kinds[0];
-    const int64_t rows = (last - first + kHalfwordRows - 1) / kHalfwordRows * kHalfwordRows;
-    for (int64_t token = 0; token < x.tokens; token++) {
-        for (int64_t i = 0; i < rows; i += 16) _mm512_storeu_ps(y + token * stride + first + i, _mm512_setzero_ps());
-    }
-    if (x.tokens == 1) sign_halfwords<kPieces[Int8], true>(w, x, first, last, y, stride);
-    else sign_halfwords<kPieces[Int8], false>(w, x, first, last, y, stride);
+    clear_outputs(kinds[0].tokens, first, last, y, stride);
+    if (kinds[0].tokens == 1) sign_halfwords<kPieces[Int8], true>(w, kinds[0], first, last, y, stride);
+    else sign_halfwords<kPieces[Int8], false>(w, kinds[0], first, last, y, stride);
 }
 
 }  // namespace avx512

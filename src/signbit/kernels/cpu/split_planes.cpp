@@ -16,8 +16,8 @@ namespace {
 
 class SplitPlanesMatrix : public CodedMatrix {
    public:
-    SplitPlanesMatrix(int64_t n, int64_t m, int64_t group_size, const SplitPlanes& from)
-        : CodedMatrix(n, m, group_size), from_(from), salient_(from.salient, m, group_size) {
+    SplitPlanesMatrix(int64_t n, int64_t m, int64_t group_size, const SplitPlanes& from, Form form)
+        : CodedMatrix(n, m, group_size, form), from_(from), salient_(from.salient, m, group_size) {
         CodedPlanes& part = add_part(from.signs, from.zones);
         add_ordinary(part);
         if (!salient_.columns.empty()) add_salient(part);
@@ -95,7 +95,7 @@ class SplitPlanesMatrix : public CodedMatrix {
 class SplitDotsMatrix : public CodedMatrix {
    public:
     SplitDotsMatrix(int64_t n, int64_t m, int64_t group_size, const SplitPlanes& from)
-        : CodedMatrix(n, m, group_size), salient_(from.salient, m, group_size) {
+        : CodedMatrix(n, m, group_size, Form::digits), salient_(from.salient, m, group_size) {
         brought_together_.pick(salient_, m, group_size);
         const std::vector<int32_t> groups = groups_of_words(m, group_size);
         possible_ = !from.column_scales.data && !from.residual.data && !groups.empty() && brought_together_.possible &&
@@ -111,8 +111,8 @@ class SplitDotsMatrix : public CodedMatrix {
         if (dots_.salient.count) add_kind({brought_together_.columns, {}, false, kChunkWords * dots_.salient.count, &runs});
     }
     bool possible() const { return possible_; }
-    Form form(int64_t) const override { return Form::digits; }
-    Rows rows(const Isa& isa, bool int8) const override { return isa.split_dots[int8]; }
+    // Exact, three digits take longer than lookups.
+    Rows rows(const Isa& isa, bool int8) const override { return int8 ? isa.split_dots : nullptr; }
     const void* self() const override { return &dots_; }
 
    private:
@@ -126,9 +126,14 @@ class SplitDotsMatrix : public CodedMatrix {
 }  // namespace
 
 std::unique_ptr<Matrix> split_planes(int64_t n, int64_t m, int64_t group_size, const SplitPlanes& from) {
-    auto matrix = std::make_unique<SplitPlanesMatrix>(n, m, group_size, from);
-    auto dots = std::make_unique<SplitDotsMatrix>(n, m, group_size, from);
-    if (dots->possible()) matrix->better = std::move(dots);
+    auto matrix = std::make_unique<SplitPlanesMatrix>(n, m, group_size, from, Form::tables);
+    if (!from.residual.data && !groups_of_words(m, group_size).empty()) {
+        auto halfwords = std::make_unique<SplitPlanesMatrix>(n, m, group_size, from, Form::halfwords);
+        auto dots = std::make_unique<SplitDotsMatrix>(n, m, group_size, from);
+        if (dots->possible()) halfwords->better = std::move(dots);
+        matrix->better = std::move(halfwords);
+        matrix->better_tokens = INT64_MAX;
+    }
     return matrix;
 }
 

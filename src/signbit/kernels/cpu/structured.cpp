@@ -141,7 +141,7 @@ class StructuredMatrix : public Matrix {
 class StructuredDotsMatrix : public CodedMatrix {
    public:
     StructuredDotsMatrix(int64_t n, int64_t m, int64_t group_size, const Structured& of, const Plane& map)
-        : CodedMatrix(n, m, group_size), salient_(map, m, group_size) {
+        : CodedMatrix(n, m, group_size, Form::digits), salient_(map, m, group_size) {
         const std::vector<int32_t> groups = groups_of_words(m, group_size);
         brought_together_.pick(salient_, m, group_size);
         possible_ = of.regular() && words <= kMostStructuredWords && !groups.empty() && brought_together_.possible &&
@@ -157,7 +157,6 @@ class StructuredDotsMatrix : public CodedMatrix {
         }
     }
     bool possible() const { return possible_; }
-    Form form(int64_t) const override { return Form::digits; }
     Rows rows(const Isa& isa, bool int8) const override { return isa.structured_dots[int8]; }
     const void* self() const override { return &dots_; }
 
