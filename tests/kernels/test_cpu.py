@@ -312,6 +312,54 @@ def test_all_sixteen_bit_numbers_are_taken(dtype: torch.dtype) -> None:
     assert not y[~finite].isfinite().any()
 
 
+# Of sign, split and Haar planes: what goes by halfwords where there is AVX-512.
+PLANES = [name for name in MAKERS if name.startswith(("sign", "group", "two", "three", "column", "split", "Haar"))]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", PLANES)
+@pytest.mark.parametrize("n", [96, 97, 161, 300])
+def test_tiles_of_many_rows(name: str, n: int) -> None:
+    layout = MAKERS[name](n, 1100)
+    for tokens in (1, 2, 3, 16):
+        x = random(tokens, 1100)
+        check(kernels.matmul(x, layout), x, layout)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", PLANES)
+def test_activations_of_all_sizes(name: str) -> None:
+    # One far above the others, all alike, all of one sign, and steps of very different sizes.
+    layout, x = MAKERS[name](35, 640), random(5, 640)
+    x[0, 300] = 1e5
+    x[1], x[2] = 1.0, x[2].abs()
+    x[3] *= torch.logspace(-12, 4, 640)
+    x[4, ::2] *= -1e-6
+    check(kernels.matmul(x, layout), x, layout)
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", ["sign", "two planes", "column scales"])
+@pytest.mark.parametrize("size", [1e-33, 1e33])
+def test_activations_at_the_ends_of_floats(name: str, size: float, tokens: int) -> None:
+    layout, x = MAKERS[name](35, 640), random(tokens, 640)
+    y, truth = kernels.matmul(x * size, layout), kernels.matmul(x, layout) * size
+    assert (y - truth).norm(dtype=torch.float64) <= 1e-5 * truth.norm(dtype=torch.float64)
+
+
+@needs_kernels
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("name", PLANES)
+def test_many_tokens_are_multiplied_as_one_by_one(name: str, int8: bool) -> None:
+    # Not to the last bit: few tokens may have another kernel, which may round other columns to 8 bits together.
+    layout, x = MAKERS[name](161, 1100), random(17, 1100)
+    y = kernels.matmul(x, layout, int8=int8)
+    each = torch.stack([kernels.matmul(token, layout, int8=int8) for token in x])
+    apart = 0.02 if int8 and name.startswith(("split", "Haar")) else 2e-6
+    assert (y - each).norm() <= apart * each.norm()
+
+
 @needs_kernels
 @pytest.mark.parametrize("batch", [(), (0,), (2, 3)])
 def test_shapes_of_batches(batch: tuple[int, ...]) -> None:
