@@ -184,10 +184,12 @@ class CoefficientTile {
     CoefficientTile() = default;
     CoefficientTile(const Coefficients& coefficients, const Tile<I>& tile) { take(coefficients, tile); }
 
-    void take(const Coefficients& coefficients, const Tile<I>& tile) {
+    // each: so many that belong together are found together.
+    void take(const Coefficients& coefficients, const Tile<I>& tile, int64_t each = 1) {
         from_ = coefficients;
         tile_ = tile;
-        start_ = -I::lanes;
+        span_ = I::lanes / each * each;
+        start_ = -span_;
     }
 
     Column<I> at(int64_t index) {
@@ -199,7 +201,7 @@ class CoefficientTile {
 
     // The same without a copy: find(index), and then found(index, strip) for as long as nothing else is to be found.
     void find(int64_t index) {
-        if (index < start_ || index >= start_ + I::lanes) load(index / I::lanes * I::lanes);
+        if (index < start_ || index >= start_ + span_) load(index / span_ * span_);
     }
     typename I::F found(int64_t index, int strip) const { return I::load(&values_[strip][index - start_][0]); }
 
@@ -220,7 +222,7 @@ class CoefficientTile {
 
     Coefficients from_;
     Tile<I> tile_{0, 0};
-    int64_t start_ = -I::lanes;
+    int64_t span_ = I::lanes, start_ = -span_;
     alignas(64) float values_[I::strips][I::lanes][I::lanes];
 };
 
