@@ -206,6 +206,7 @@ class CodebookTile {
 template <class I>
 class PartAhead {
    public:
+    PartAhead() = default;
     PartAhead(const CodedPlanes& part, int64_t row, int64_t n, int64_t rows, int64_t steps, bool far = false) {
         const auto add = [&](const void* data, int64_t row_bytes) {
             if (data) ahead_[count_++] = Ahead<I>(data, row_bytes, row, n, rows, steps, far);

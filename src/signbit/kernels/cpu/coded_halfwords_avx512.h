@@ -1,5 +1,5 @@
-// Split planes and Haar planes with AVX-512 (codebooks.h), where no word has ordinary columns of two codebooks: halfwords.h.
-// Of salient columns only those fields are looked up that have some.
+// Split planes and Haar planes with AVX-512 (codebooks.h), where no word has ordinary columns of two codebooks, by
+// halfwords (halfwords.h). Of salient columns only those fields are looked up that have some.
 
 #pragma once
 
@@ -97,7 +97,8 @@ class CodedTile {
     // Adds the words [word, end); ``word`` is the first of a block.
     void add(int64_t word, int64_t end) {
         const int64_t words = kinds_[part_.set[0].term[0].kind].words;
-        PartAhead<Avx512> ahead(part_, row_, n_, kHalfwordRows * Vectors, kStepsOfWord * words, true);
+        PartAhead<Avx512> ahead;
+        if (One) ahead = {part_, row_, n_, kHalfwordRows * Vectors, kStepsOfWord * words, true};
         Block bits(source_);
         for (int64_t block = word; block < end; block += kChunkWords) {
             const int64_t count = least(kChunkWords, end - block);

@@ -91,6 +91,7 @@ class HaarDotsMatrix : public CodedMatrix {
    public:
     HaarDotsMatrix(int64_t n, int64_t m, int64_t group_size, bool along_rows, const HaarPlanes& from)
         : CodedMatrix(n, m, group_size, Form::digits), salient_(from.salient, m, group_size) {
+        most_tokens = kFewTokens;
         if (along_rows) brought_together_.cut(salient_);
         else brought_together_.pick(salient_, m, group_size);
         const std::vector<int32_t> groups = groups_of_words(m, group_size);
@@ -131,15 +132,13 @@ class HaarDotsMatrix : public CodedMatrix {
 
 std::unique_ptr<Matrix> haar_planes(int64_t n, int64_t m, int64_t group_size, bool along_rows, const HaarPlanes& from) {
     auto matrix = std::make_unique<HaarPlanesMatrix>(n, m, group_size, along_rows, from, Form::tables);
-    auto dots = std::make_unique<HaarDotsMatrix>(n, m, group_size, along_rows, from);
-    std::unique_ptr<Matrix>* better = &matrix->better;
     // Words of even and of odd columns are made of two: each has to be of one group.
     if (group_size == 0 || group_size >= m || group_size % 64 == 0) {
-        matrix->better = std::make_unique<HaarPlanesMatrix>(n, m, group_size, along_rows, from, Form::halfwords);
-        matrix->better_tokens = INT64_MAX;
-        better = &matrix->better->better;
+        matrix->better.push_back(
+            std::make_unique<HaarPlanesMatrix>(n, m, group_size, along_rows, from, Form::halfwords));
     }
-    if (dots->possible()) *better = std::move(dots);
+    auto dots = std::make_unique<HaarDotsMatrix>(n, m, group_size, along_rows, from);
+    if (dots->possible()) matrix->better.push_back(std::move(dots));
     return matrix;
 }
 

@@ -16,9 +16,10 @@ constexpr int kLowBits = 11;
 // Sums in ascending order to a table, in pieces, 32 at a time.
 template <int Pieces>
 inline void store_pieces(__m512 low_half, __m512 high_half, int16_t* table, int64_t stride) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     // The low 16 bits of each: lanes 0, 2, 4 ... of both vectors.
-    const __m512i even = _mm512_or_si512(_mm512_slli_epi32(lane, 2), _mm512_slli_epi32(_mm512_add_epi32(_mm512_slli_epi32(lane, 2), _mm512_set1_epi32(2)), 16));
+    const __m512i fourth = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
+    const __m512i next = _mm512_add_epi32(fourth, _mm512_set1_epi32(2));
+    const __m512i even = _mm512_or_si512(fourth, _mm512_slli_epi32(next, 16));
     const __m512i a = _mm512_cvtps_epi32(low_half), b = _mm512_cvtps_epi32(high_half);
     const __m512i all = _mm512_permutex2var_epi16(a, even, b);
     if (Pieces == 1) return _mm512_store_si512(table, all);
@@ -41,7 +42,8 @@ inline void tabulate_halfword(const float* x, HalfwordTable<Pieces>& table) {
     store_pieces<Pieces>(with(third, x[15]), with(more, x[15]), table.third[0] + 32, 64);
 }
 
-// The largest number in units: an integer of 8 bits, or one of 2^15 * 2^11, short of what low pieces and rounding may add.
+// The largest activation in units, or in two pieces the largest sum: 2^15 * 2^11, short of what low pieces and rounding
+// may add.
 template <int Pieces>
 constexpr float kMostUnits = Pieces == 1 ? 127.0f : 32736.0f * (1 << kLowBits);
 
@@ -81,7 +83,8 @@ inline float sum_of_run(const float* x, const float* units, const Run& run) {
     for (int64_t word = run.word; word < run.end; word++) {
         const uint32_t own = mask_of(run, word);
         const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(own), x + 32 * word);
-        const __m512 both = _mm512_add_ps(low, _mm512_maskz_loadu_ps(static_cast<__mmask16>(own >> 16), x + 32 * word + 16));
+        const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(own >> 16), x + 32 * word + 16);
+        const __m512 both = _mm512_add_ps(low, high);
         sum = units ? _mm512_fmadd_ps(both, _mm512_set1_ps(units[word]), sum) : _mm512_add_ps(both, sum);
     }
     return _mm512_reduce_add_ps(sum);
@@ -111,7 +114,8 @@ struct HalfwordBlock {
 
     __m512i word[kChunkWords][Vectors][2];
 
-    // Words [first, first + count) of rows [row, row + 32 * Vectors) of n; the last stands in for those that are not there.
+    // Words [first, first + count) of rows [row, row + 32 * Vectors) of n; the last stands in for those that are not
+    // there.
     // Unless ``ahead`` does, this fetches the same words of the next tile.
     template <class Fetch>
     void load(const Plane& plane, int64_t row, int64_t n, int64_t first, int64_t count, Fetch* ahead) {
@@ -160,11 +164,12 @@ template <int Vectors, int Pieces>
 struct HalfwordSums {
     __m512i sum[Pieces][Vectors] = {};
 
+    // A field at a time: compilers would load all that they are about to need, and have no registers for that.
     [[gnu::always_inline]] void add(const HalfwordTable<Pieces>& table, const HalfwordFields<Vectors>& fields) {
         find(table.first, fields.of[0]);
-        asm volatile("" : : : "memory");
+        one_after_the_other();
         find(table.second, fields.of[1]);
-        asm volatile("" : : : "memory");
+        one_after_the_other();
         __m512i low[Pieces], high[Pieces];
         for (int p = 0; p < Pieces; p++) {
             low[p] = _mm512_load_si512(table.third[p]);
@@ -175,7 +180,7 @@ struct HalfwordSums {
                 sum[p][v] = _mm512_add_epi16(sum[p][v], _mm512_permutex2var_epi16(low[p], fields.of[2][v], high[p]));
             }
         }
-        asm volatile("" : : : "memory");
+        one_after_the_other();
     }
     // One field of the three, of halfwords.
     [[gnu::always_inline]] void add_field(const HalfwordTable<Pieces>& table, int field, uint32_t mask,
@@ -202,6 +207,8 @@ struct HalfwordSums {
     }
 
    private:
+    [[gnu::always_inline]] static void one_after_the_other() { asm volatile("" : : : "memory"); }
+
     [[gnu::always_inline]] void find(const int16_t (&table)[Pieces][32], const __m512i* index) {
         __m512i sums[Pieces];
         for (int p = 0; p < Pieces; p++) sums[p] = _mm512_load_si512(table[p]);

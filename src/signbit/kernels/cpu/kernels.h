@@ -6,8 +6,8 @@
 //   2. Isa::prepare      for every four columns the 16 sums that a nibble of bits can ask for (lookup.h), say
 //   3. Matrix::rows      tile by tile of W's rows: look sums up, multiply them with the rows' coefficients, add
 //
-// There may be a better way, which is a Matrix of its own (Matrix::better): sums of more columns (halfwords.h), or for one or
-// two tokens digits instead of sums, and dot products instead of lookups (dots.h).
+// There may be better ways, each a Matrix of its own (Matrix::better): sums of more columns (halfwords.h), or for one
+// or two tokens digits instead of sums, and dot products instead of lookups (dots.h).
 //
 // Steps 2 and 3 are compiled once for each instruction set. A row of the result depends on its own row of W and on
 // nothing else, so how rows are shared out between threads changes no result.
@@ -136,9 +136,9 @@ extern const Isa kAvx512, kAvx2, kNeon, kPortable;
 struct Matrix {
     int64_t n, m, words;
     std::vector<Run> runs;
-    // The same matrix as what does better for up to so many tokens, where an instruction set has it; null if nothing does.
-    std::unique_ptr<Matrix> better;
-    int64_t better_tokens = kFewTokens;
+    // The same matrix in ways that do better where an instruction set has them, the best at the end.
+    std::vector<std::unique_ptr<const Matrix>> better;
+    int64_t most_tokens = INT64_MAX;  // at a time, that it is good for
 
     Matrix(int64_t rows, int64_t columns, int64_t group_size)
         : n(rows), m(columns), words((columns + 31) / 32), runs(runs_of(columns, group_size)) {}
@@ -151,7 +151,7 @@ struct Matrix {
     // The words and runs of a kind, where it has others than the matrix; no kind has more words.
     virtual int64_t kind_words(int64_t) const { return words; }
     virtual const std::vector<Run>& kind_runs(int64_t) const { return runs; }
-    // Null if the instruction set has none, which it may for ``better`` only.
+    // Null if the instruction set has none, which is for what is ``better`` only.
     virtual Rows rows(const Isa& isa, bool int8) const = 0;
     // The layout's own struct, as its rows function knows it.
     virtual const void* self() const = 0;

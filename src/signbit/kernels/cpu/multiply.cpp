@@ -27,7 +27,7 @@ int64_t rows_of_task(const Isa& isa, int64_t n, int threads) {
     return isa.tile * std::clamp(tiles / kLeastTiles * kLeastTiles, kLeastTiles, kMostTiles);
 }
 
-// Memory of the calling thread that stays from one call to the next.
+// Memory of a thread that stays from one call to the next.
 class Workspace {
    public:
     // Room for so many bytes, aligned to cache lines; what was there is lost.
@@ -132,10 +132,12 @@ class Prepared {
 
 std::atomic<uint64_t> calls{0};
 
+// Not within a function: threads that never came by would use them before they are made, and not free them.
+thread_local Workspace outputs;
+thread_local Prepared prepared;
+
 void multiply_few(const Matrix& matrix, const Isa& isa, const char* x, char* y, Scalar type, int64_t tokens, bool int8,
                   int threads) {
-    static thread_local Workspace outputs;
-    static thread_local Prepared prepared;
     const int64_t width = static_cast<int64_t>(size_of(type)), x_bytes = matrix.m * width;
     const int64_t stride = (matrix.n + kOutputRows - 1) / kOutputRows * kOutputRows;
     float* sums = reinterpret_cast<float*>(outputs.reserve(static_cast<size_t>(tokens * stride) * sizeof(float)));
@@ -196,7 +198,9 @@ void Matrix::columns(int64_t, const float* x, float* out) const {
 void multiply(const Matrix& matrix, const Isa& isa, const void* x, void* y, Scalar type, int64_t tokens, bool int8,
               int threads) {
     const Matrix* best = &matrix;
-    while (best->better && tokens <= best->better_tokens && best->better->rows(isa, int8)) best = best->better.get();
+    for (const auto& other : matrix.better) {
+        if (tokens <= other->most_tokens && other->rows(isa, int8)) best = other.get();
+    }
     const Matrix& w = *best;
     const int64_t width = static_cast<int64_t>(size_of(type));
     int64_t per_token = 1;

@@ -20,7 +20,9 @@ struct PartialDotsMatrix : Matrix {
     Partial partial;
 
     PartialDotsMatrix(const PartialMatrix& from, int64_t group_size)
-        : Matrix(from.n, from.m, group_size), partial(from.partial) {}
+        : Matrix(from.n, from.m, group_size), partial(from.partial) {
+        most_tokens = kFewTokens;
+    }
 
     Form form(int64_t) const override { return Form::numbers; }
     Rows rows(const Isa& isa, bool int8) const override { return isa.partial_dots[int8]; }
@@ -45,7 +47,7 @@ std::unique_ptr<Matrix> partial(int64_t n, int64_t m, int64_t group_size, const 
     to.ends = from.ends;
     to.code_scales = from.code_scales;
     to.code_offsets = from.code_offsets;
-    if (to.regular()) matrix->better = std::make_unique<PartialDotsMatrix>(*matrix, group_size);
+    if (to.regular()) matrix->better.push_back(std::make_unique<PartialDotsMatrix>(*matrix, group_size));
     return matrix;
 }
 

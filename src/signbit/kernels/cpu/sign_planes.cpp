@@ -32,6 +32,7 @@ struct SignDotsMatrix : SignPlanesMatrix {
     using SignPlanesMatrix::SignPlanesMatrix;
 
     bool assign(int64_t group_size) {
+        most_tokens = kFewTokens;
         const std::vector<int32_t> groups = groups_of_words(m, group_size);
         dots.planes = planes.planes;
         std::copy(planes.signs, planes.signs + kMaxPlanes, dots.signs);
@@ -77,9 +78,8 @@ std::unique_ptr<Matrix> sign_planes(int64_t n, int64_t m, int64_t group_size, co
     auto halfwords = make<SignHalfwordsMatrix>(n, m, group_size, signs, scales, means, column_scales);
     auto dots = make<SignDotsMatrix>(n, m, group_size, signs, scales, means, column_scales);
     if (dots->assign(group_size)) {
-        halfwords->better = std::move(dots);
-        matrix->better = std::move(halfwords);
-        matrix->better_tokens = INT64_MAX;
+        matrix->better.push_back(std::move(halfwords));
+        matrix->better.push_back(std::move(dots));
     }
     return matrix;
 }

@@ -96,6 +96,7 @@ class SplitDotsMatrix : public CodedMatrix {
    public:
     SplitDotsMatrix(int64_t n, int64_t m, int64_t group_size, const SplitPlanes& from)
         : CodedMatrix(n, m, group_size, Form::digits), salient_(from.salient, m, group_size) {
+        most_tokens = kFewTokens;
         brought_together_.pick(salient_, m, group_size);
         const std::vector<int32_t> groups = groups_of_words(m, group_size);
         possible_ = !from.column_scales.data && !from.residual.data && !groups.empty() && brought_together_.possible &&
@@ -128,11 +129,9 @@ class SplitDotsMatrix : public CodedMatrix {
 std::unique_ptr<Matrix> split_planes(int64_t n, int64_t m, int64_t group_size, const SplitPlanes& from) {
     auto matrix = std::make_unique<SplitPlanesMatrix>(n, m, group_size, from, Form::tables);
     if (!from.residual.data && !groups_of_words(m, group_size).empty()) {
-        auto halfwords = std::make_unique<SplitPlanesMatrix>(n, m, group_size, from, Form::halfwords);
+        matrix->better.push_back(std::make_unique<SplitPlanesMatrix>(n, m, group_size, from, Form::halfwords));
         auto dots = std::make_unique<SplitDotsMatrix>(n, m, group_size, from);
-        if (dots->possible()) halfwords->better = std::move(dots);
-        matrix->better = std::move(halfwords);
-        matrix->better_tokens = INT64_MAX;
+        if (dots->possible()) matrix->better.push_back(std::move(dots));
     }
     return matrix;
 }

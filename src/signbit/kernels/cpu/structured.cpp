@@ -190,6 +190,7 @@ class StructuredDotsMatrix : public CodedMatrix {
    public:
     StructuredDotsMatrix(int64_t n, int64_t m, int64_t group_size, const Structured& of, const Plane& map)
         : CodedMatrix(n, m, group_size, Form::digits), salient_(map, m, group_size) {
+        most_tokens = kFewTokens;
         const std::vector<int32_t> groups = groups_of_words(m, group_size);
         brought_together_.pick(salient_, m, group_size);
         possible_ = of.regular() && words <= kMostStructuredWords && !groups.empty() && brought_together_.possible &&
@@ -221,6 +222,7 @@ class KeptDotsMatrix : public Matrix {
    public:
     KeptDotsMatrix(const StructuredMatrix& all, int64_t group_size, const Plane& map)
         : Matrix(all.n, all.m, group_size), all_(all) {
+        most_tokens = kFewTokens;
         const Structured& of = *static_cast<const Structured*>(all.self());
         const int64_t size = group_size ? group_size : m, cells = 8 / std::max<int64_t>(of.of, 1);
         possible_ = cells * of.of == 8 && of.keep < of.of && m <= kMostDotColumns &&
@@ -272,16 +274,13 @@ std::unique_ptr<Matrix> structured(int64_t n, int64_t m, int64_t group_size, int
                                    const StructuredTensors& from) {
     auto matrix = std::make_unique<StructuredMatrix>(n, m, group_size, keep, of, regions, from);
     const auto* own = static_cast<const Structured*>(matrix->self());
-    std::unique_ptr<Matrix>* better = &matrix->better;
     if (!groups_of_words(m, group_size).empty()) {
-        matrix->better = std::make_unique<StructuredHalfwordsMatrix>(n, m, group_size, *own, from.salient);
-        matrix->better_tokens = INT64_MAX;
-        better = &matrix->better->better;
+        matrix->better.push_back(std::make_unique<StructuredHalfwordsMatrix>(n, m, group_size, *own, from.salient));
     }
     auto kept = std::make_unique<KeptDotsMatrix>(*matrix, group_size, from.salient);
     auto dots = std::make_unique<StructuredDotsMatrix>(n, m, group_size, *own, from.salient);
-    if (kept->possible()) *better = std::move(kept);
-    else if (dots->possible()) *better = std::move(dots);
+    if (kept->possible()) matrix->better.push_back(std::move(kept));
+    else if (dots->possible()) matrix->better.push_back(std::move(dots));
     return matrix;
 }
 

@@ -16,6 +16,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
+#include <exception>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -42,12 +43,23 @@ class Job {
             stretch_[i].end = tasks * (i + 1) / stretches_;
         }
     }
-    void run() {
+    // What a task throws is kept, as it may not leave a thread or go past the others' work.
+    void run() noexcept {
         const int64_t own = taken_.fetch_add(1, std::memory_order_relaxed);
         for (int64_t i = 0; i < stretches_; i++) {
             Stretch& from = stretch_[(own + i) % stretches_];
-            for (int64_t task; (task = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) function_(task);
+            for (int64_t task; (task = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) {
+                try {
+                    function_(task);
+                } catch (...) {
+                    if (!failed_.exchange(true)) failure_ = std::current_exception();
+                }
+            }
         }
+    }
+    // When all threads are through.
+    void rethrow() const {
+        if (failed_.load()) std::rethrow_exception(failure_);
     }
 
    private:
@@ -60,6 +72,8 @@ class Job {
     TaskFunction function_;
     int64_t stretches_;
     std::atomic<int64_t> taken_{0};
+    std::atomic<bool> failed_{false};
+    std::exception_ptr failure_;
     Stretch stretch_[kMostStretches];
 };
 
@@ -190,6 +204,7 @@ void parallel_for(int64_t tasks, int threads, TaskFunction function) {
     } else {
         pool().run(job, static_cast<int>(std::min<int64_t>(threads, tasks)));
     }
+    job.rethrow();
 }
 
 const char* thread_pool() { return torchs_parallel() ? "torch" : "own"; }
