@@ -231,7 +231,6 @@ bool supported() {
 #include "coded_halfwords_avx512.h"
 #include "structured_avx512.h"
 #include "structured_dots_avx512.h"
-#include "structured_halfwords_avx512.h"
 #include "kept_dots_avx512.h"
 #include "zoned_dots_avx512.h"
 
@@ -246,8 +245,6 @@ constexpr Isa with_dots() {
     isa.sign_dots = sign_dots_rows;
     isa.sign_halfwords[0] = sign_halfwords_rows<false>;
     isa.sign_halfwords[1] = sign_halfwords_rows<true>;
-    isa.structured_halfwords[0] = structured_halfwords_rows<false>;
-    isa.structured_halfwords[1] = structured_halfwords_rows<true>;
     isa.coded_halfwords[0] = coded_halfwords_rows<false>;
     isa.coded_halfwords[1] = coded_halfwords_rows<true>;
     isa.kept_dots[0] = kept_dots_rows<kDigits[0]>;

@@ -22,15 +22,9 @@
 
 namespace kernels {
 
-// Which bits choose activations: all of them, those of a plane, or of two: negative in zone 0, negative in zone 1. Of
-// structured planes: kept; negative; those of another region than the first; and of each region the positive ones, the
-// negative ones, and the positive ones together with the negative ones of the other regions.
-enum class Bits : int32_t {
-    all, signs, zones, negative0, negative1, residual0, residual1,
-    kept, negative, residual,
-    positive_in0, positive_in1, positive_in2, negative_in0, negative_in1, negative_in2, mixed0, mixed1, mixed2
-};
-constexpr int kBits = 7;  // of coded planes
+// Which bits choose activations: all of them, those of a plane, or of two: negative in zone 0, negative in zone 1.
+enum class Bits : int32_t { all, signs, zones, negative0, negative1, residual0, residual1 };
+constexpr int kBits = 7;
 
 constexpr int kMaxNumbers = 6, kMaxTerms = 12;
 constexpr int kLookupSizes = 3;
@@ -165,12 +159,13 @@ class CodebookTile {
         set_ = &set;
         for (int i = 0; i < Tiles; i++) {
             const Tile<I> tile(row + i * Tile<I>::rows, n);
-            scales_[i].take(set.scales, tile, set.scales_each);
-            means_[i].take(set.means, tile, greatest(set.means_each, 1));
+            scales_[i].take(set.scales, tile);
+            means_[i].take(set.means, tile);
         }
     }
     void at(int64_t run, Coefficients& coefficients) {
         const Codebooks& set = *set_;
+        // A codebook has 1, 2 or 4 scales and means: those of one are found together.
         const int64_t book = set.of_run ? set.of_run[run] : run;
         const int64_t scale = book * set.scales_each, mean = book * set.means_each;
         for (int i = 0; i < Tiles; i++) {

@@ -10,64 +10,41 @@
 namespace kernels {
 namespace avx512 {
 
-// Bits that are known when a kernel is compiled.
-template <Bits Known>
-struct KnownBits {
-    static constexpr Bits value = Known;
-};
-
-// A block of the two planes of a part.
+// Blocks of the two planes of a part.
 template <int Vectors>
-class CodedBlock {
-   public:
-    static constexpr int vectors = Vectors;
-    using Source = CodedPlanes;
+struct CodedBlock {
+    HalfwordBlock<Vectors> signs, zones;
 
-    explicit CodedBlock(const CodedPlanes& part) : part_(part) {}
-
-    template <class Fetch>
-    void load(int64_t row, int64_t n, int64_t block, int64_t count, Fetch* ahead) {
-        load(part_.signs, row, n, block, count, ahead, signs_);
-        load(part_.zones, row, n, block, count, ahead, zones_);
-        for (int64_t start = 0; part_.window && start < count; start += part_.window) {
-            for (HalfwordBlock<Vectors>* plane : {&signs_, &zones_}) {
-                order(plane->word + start, least(part_.window, count - start));
+    // Words of even columns first and then those of odd ones, in every window (CodedPlanes::window).
+    void order(int64_t window, int64_t count) {
+        for (HalfwordBlock<Vectors>* plane : {&signs, &zones}) {
+            for (int64_t start = 0; start < count; start += window) {
+                order(plane->word + start, least(window, count - start));
             }
         }
     }
     // The halfwords that choose activations.
-    [[gnu::always_inline]] __m512i chosen(Bits bits, int64_t word, int half, int v) const {
-        if (bits == Bits::zones) return halfwords_of(zones_.word[word][v], half);
-        const __m512i negative = halfwords_of(signs_.word[word][v], half);
-        if (bits == Bits::signs) return negative;
-        const __m512i zone = halfwords_of(zones_.word[word][v], half);
-        return bits == Bits::negative1 ? _mm512_and_si512(negative, zone) : _mm512_andnot_si512(zone, negative);
+    [[gnu::always_inline]] HalfwordFields<Vectors> fields(Bits bits, int64_t word, int half) const {
+        HalfwordFields<Vectors> fields;
+        for (int v = 0; v < Vectors; v++) fields.set(v, chosen(bits, word, half, v));
+        return fields;
     }
-    // Calls what is to be done with bits that are known.
-    template <class Do>
-    [[gnu::always_inline]] static void with(Bits bits, Do what) {
-        switch (bits) {
-            case Bits::signs: return what(KnownBits<Bits::signs>());
-            case Bits::zones: return what(KnownBits<Bits::zones>());
-            case Bits::negative0: return what(KnownBits<Bits::negative0>());
-            default: return what(KnownBits<Bits::negative1>());
-        }
+    [[gnu::always_inline]] __m512i chosen(Bits bits, int64_t word, int half, int v) const {
+        if (bits == Bits::zones) return halfwords_of(zones.word[word][v], half);
+        const __m512i negative = halfwords_of(signs.word[word][v], half);
+        if (bits == Bits::signs) return negative;
+        const __m512i zone = halfwords_of(zones.word[word][v], half);
+        return bits == Bits::negative1 ? _mm512_and_si512(negative, zone) : _mm512_andnot_si512(zone, negative);
     }
 
    private:
-    template <class Fetch>
-    static void load(const Plane& plane, int64_t row, int64_t n, int64_t block, int64_t count, Fetch* ahead,
-                     HalfwordBlock<Vectors>& bits) {
-        // The last words of odd columns may have no word of the plane.
-        bits.load(plane, row, n, block, least(count, plane.row_bytes / 4 - block), ahead);
-    }
-    // Words of even columns first and then those of odd ones, in a window (CodedPlanes::window).
     static void order(__m512i (*words)[Vectors][2], int64_t count) {
+        constexpr int most = kChunkWords;
         const __m512i even = _mm512_set1_epi32(0x55555555);
         constexpr int choose = 0xca;  // even ? ... : ...
         for (int v = 0; v < Vectors; v++) {
             for (int half = 0; half < 2; half++) {
-                __m512i ordered[kChunkWords];
+                __m512i ordered[most];
                 for (int64_t i = 0; 2 * i < count; i++) {
                     const __m512i a = words[2 * i][v][half];
                     const __m512i b = 2 * i + 1 < count ? words[2 * i + 1][v][half] : _mm512_setzero_si512();
@@ -78,41 +55,45 @@ class CodedBlock {
             }
         }
     }
-
-    const CodedPlanes& part_;
-    HalfwordBlock<Vectors> signs_, zones_;
 };
 
-// A tile of a part, its rows from ``row`` on, as many of them as there are; One: times one token. Block: a block of its
-// bits, made from a source of them.
-template <class Block, int Pieces, bool One>
+// Rows [row, row + 32 * Vectors) of a part, as many of them as there are; One: times one token.
+template <int Vectors, int Pieces, bool One>
 class CodedTile {
    public:
-    CodedTile(const typename Block::Source& source, const CodedPlanes& part, const Activations* kinds, int64_t row,
-              int64_t n, float* y, int64_t stride)
-        : source_(source), part_(part), kinds_(kinds), row_(row), n_(n), y_(y), stride_(stride) {
+    CodedTile(const CodedPlanes& part, const Activations* kinds, int64_t row, int64_t n, float* y, int64_t stride)
+        : part_(part), kinds_(kinds), row_(row), n_(n), y_(y), stride_(stride) {
         for (int64_t set = 0; set < part.sets; set++) books_[set].take(part.set[set], row, n);
     }
 
     // Adds the words [word, end); ``word`` is the first of a block.
     void add(int64_t word, int64_t end) {
+        constexpr int64_t rows = kHalfwordRows * Vectors;
         const int64_t words = kinds_[part_.set[0].term[0].kind].words;
         PartAhead<Avx512> ahead;
-        if (One) ahead = {part_, row_, n_, kHalfwordRows * Vectors, kStepsOfWord * words, true};
-        Block bits(source_);
+        if (One) ahead = {part_, row_, n_, rows, kStepsOfWord * words, true};
         for (int64_t block = word; block < end; block += kChunkWords) {
             const int64_t count = least(kChunkWords, end - block);
-            bits.load(row_, n_, block, count, One ? &ahead : nullptr);
+            CodedBlock<Vectors> bits;
+            load(part_.signs, block, count, bits.signs, ahead);
+            load(part_.zones, block, count, bits.zones, ahead);
+            if (part_.window) bits.order(part_.window, count);
             for (int64_t set = 0; set < part_.sets; set++) add_set(set, bits, block, count, ahead);
         }
     }
 
    private:
-    static constexpr int Vectors = Block::vectors;
     using Books = CodebookTile<Avx512, Vectors>;
     using Coefficients = typename Books::Coefficients;
 
-    void add_set(int64_t number, const Block& bits, int64_t block, int64_t count,
+    void load(const Plane& plane, int64_t block, int64_t count, HalfwordBlock<Vectors>& bits,
+              PartAhead<Avx512>& ahead) const {
+        // The last words of odd columns may have no word of the plane.
+        const int64_t there = least(count, plane.row_bytes / 4 - block);
+        bits.load(plane, row_, n_, block, there, One ? &ahead : nullptr);
+    }
+
+    void add_set(int64_t number, const CodedBlock<Vectors>& bits, int64_t block, int64_t count,
                  PartAhead<Avx512>& ahead) {
         const Codebooks& set = part_.set[number];
         for (RunsOf run(kinds_[set.term[0].kind], block, count); run; ++run) {
@@ -140,15 +121,13 @@ class CodedTile {
     }
 
     // Words [from, upto) of a block, of one step.
-    void add_step(const Codebooks& set, const Block& bits, int64_t block, int64_t from, int64_t upto,
+    void add_step(const Codebooks& set, const CodedBlock<Vectors>& bits, int64_t block, int64_t from, int64_t upto,
                   const Coefficients& coefficients, PartAhead<Avx512>& ahead) {
         HalfwordFields<Vectors> fields[One ? 1 : kMaxChosen][One ? 1 : 2 * kStepWords];
         for (int64_t t = 0, slot = 0; !One && t < set.terms; t++) {
             if (set.term[t].bits == Bits::all) continue;
             for (int64_t i = 0; i < 2 * (upto - from); i++) {
-                Block::with(set.term[t].bits, [&](auto by) {
-                    fields[slot][i] = fields_by<decltype(by)::value>(bits, from + i / 2, static_cast<int>(i % 2));
-                });
+                fields[slot][i] = bits.fields(set.term[t].bits, from + i / 2, static_cast<int>(i % 2));
             }
             slot++;
         }
@@ -163,9 +142,7 @@ class CodedTile {
                 HalfwordSums<Vectors, Pieces> sums;
                 if (One) {
                     ahead.step();
-                    Block::with(term.bits, [&](auto by) {
-                        sums = sums_by<decltype(by)::value>(bits, from, upto, table);
-                    });
+                    sums = chosen_sums(bits, term.bits, from, upto, table);
                 } else {
 #pragma GCC unroll 1
                     for (int64_t i = 0; i < 2 * (upto - from); i++) sums.add(table[i], fields[slot][i]);
@@ -179,7 +156,7 @@ class CodedTile {
     }
 
     // A run of a few fields, of one step.
-    void add_some(const Codebooks& set, int64_t run, const Block& bits, int64_t block,
+    void add_some(const Codebooks& set, int64_t run, const CodedBlock<Vectors>& bits, int64_t block,
                   const Coefficients& coefficients) {
         const int64_t* ends = set.lookups_end[kLookupSizes - 1] + run;
         const Lookup *all = set.lookups[kLookupSizes - 1], *begin = all + (run ? ends[-1] : 0), *end = all + *ends;
@@ -204,22 +181,29 @@ class CodedTile {
         }
     }
 
+    [[gnu::always_inline]] static HalfwordSums<Vectors, Pieces> chosen_sums(const CodedBlock<Vectors>& bits, Bits by,
+                                                                           int64_t from, int64_t upto,
+                                                                           const HalfwordTable<Pieces>* table) {
+        switch (by) {
+            case Bits::signs: return sums_by<Bits::signs>(bits, from, upto, table);
+            case Bits::zones: return sums_by<Bits::zones>(bits, from, upto, table);
+            case Bits::negative0: return sums_by<Bits::negative0>(bits, from, upto, table);
+            default: return sums_by<Bits::negative1>(bits, from, upto, table);
+        }
+    }
     template <Bits By>
-    [[gnu::always_inline]] static HalfwordSums<Vectors, Pieces> sums_by(const Block& bits, int64_t from, int64_t upto,
+    [[gnu::always_inline]] static HalfwordSums<Vectors, Pieces> sums_by(const CodedBlock<Vectors>& bits, int64_t from,
+                                                                       int64_t upto,
                                                                        const HalfwordTable<Pieces>* table) {
         HalfwordSums<Vectors, Pieces> sums;
 #pragma GCC unroll 1
         for (int64_t word = from; word < upto; word++, table += 2) {
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) sums.add(table[half], fields_by<By>(bits, word, half));
+            for (int half = 0; half < 2; half++) {
+                sums.add(table[half], bits.fields(By, word, half));
+            }
         }
         return sums;
-    }
-    template <Bits By>
-    [[gnu::always_inline]] static HalfwordFields<Vectors> fields_by(const Block& bits, int64_t word, int half) {
-        HalfwordFields<Vectors> fields;
-        for (int v = 0; v < Vectors; v++) fields.set(v, bits.chosen(By, word, half, v));
-        return fields;
     }
 
     // y += coefficient * value(vector, half), of all rows.
@@ -239,7 +223,6 @@ class CodedTile {
     // Ways in which a set chooses activations, at most.
     static constexpr int64_t kMaxChosen = 6;
 
-    const typename Block::Source& source_;
     const CodedPlanes& part_;
     const Activations* kinds_;
     int64_t row_, n_;
@@ -256,7 +239,8 @@ void add_coded_pairs(const CodedPlanes& part, const Activations* kinds, int64_t 
     alignas(64) float own[kTokens * rows];
     const int64_t tokens = kinds[0].tokens, words = kinds[part.set[0].term[0].kind].words;
     for (int64_t i = 0; i < tokens * rows; i++) own[i] = 0.0f;
-    CodedTile<CodedBlock<Vectors>, Pieces, One>(part, part, kinds, row, n, own, rows).add(0, words);
+    CodedTile<Vectors, Pieces, One> tile(part, kinds, row, n, own, rows);
+    tile.add(0, words);
     for (int64_t token = 0; token < tokens; token++) {
         for (int64_t i = 0; i < rows; i += 16) {
             const int64_t there = greatest(least(n - row - i, 16), 0);
@@ -279,7 +263,7 @@ void add_coded_parts(const Coded& w, const Activations* kinds, int64_t first, in
             for_each_tile(first, last, [&](auto vectors, int64_t row) {
                 constexpr int V = decltype(vectors)::value;
                 if (part.pairs) add_coded_pairs<V, Pieces, One>(part, kinds, row, w.n, y, stride);
-                else CodedTile<CodedBlock<V>, Pieces, One>(part, part, kinds, row, w.n, y + row, stride).add(word, end);
+                else CodedTile<V, Pieces, One>(part, kinds, row, w.n, y + row, stride).add(word, end);
             });
         }
     }

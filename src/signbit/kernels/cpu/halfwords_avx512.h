@@ -236,14 +236,14 @@ struct VectorsOfTile {
     static constexpr int value = Count;
 };
 
-// Calls do_tile(VectorsOfTile<...>, row) for tiles of 128 rows or so, and for those that are left of 64 and of 32.
-template <int Most = 4, class DoTile>
+// Calls do_tile(VectorsOfTile<...>, row) for tiles of 128 rows, and for those that are left of 64 and of 32.
+template <class DoTile>
 void for_each_tile(int64_t first, int64_t last, DoTile do_tile) {
     for (int64_t row = first; row < last;) {
         const int64_t left = last - row;
-        if (Most == 4 && left > 3 * kHalfwordRows) {
-            do_tile(VectorsOfTile<Most>(), row);
-            row += Most * kHalfwordRows;
+        if (left > 3 * kHalfwordRows) {
+            do_tile(VectorsOfTile<4>(), row);
+            row += 4 * kHalfwordRows;
         } else if (left > kHalfwordRows) {
             do_tile(VectorsOfTile<2>(), row);
             row += 2 * kHalfwordRows;

@@ -117,7 +117,7 @@ struct Isa {
     Prepare prepare[kForms];
     Rows sign_planes[2];     // exact, int8; each layout's rows [first, last): y[token * stride + row]
     // Null where there is none.
-    Rows sign_halfwords[2], coded_halfwords[2], structured_halfwords[2];
+    Rows sign_halfwords[2], coded_halfwords[2];
     // Times few tokens.
     Rows sign_dots, split_dots;  // in 8 bits
     Rows haar_dots[2], structured_dots[2], kept_dots[2], partial_dots[2];

@@ -184,12 +184,10 @@ class CoefficientTile {
     CoefficientTile() = default;
     CoefficientTile(const Coefficients& coefficients, const Tile<I>& tile) { take(coefficients, tile); }
 
-    // each: so many that belong together are found together.
-    void take(const Coefficients& coefficients, const Tile<I>& tile, int64_t each = 1) {
+    void take(const Coefficients& coefficients, const Tile<I>& tile) {
         from_ = coefficients;
         tile_ = tile;
-        span_ = I::lanes / each * each;
-        start_ = -span_;
+        start_ = -I::lanes;
     }
 
     Column<I> at(int64_t index) {
@@ -201,7 +199,7 @@ class CoefficientTile {
 
     // The same without a copy: find(index), and then found(index, strip) for as long as nothing else is to be found.
     void find(int64_t index) {
-        if (index < start_ || index >= start_ + span_) load(index / span_ * span_);
+        if (index < start_ || index >= start_ + I::lanes) load(index / I::lanes * I::lanes);
     }
     typename I::F found(int64_t index, int strip) const { return I::load(&values_[strip][index - start_][0]); }
 
@@ -222,7 +220,7 @@ class CoefficientTile {
 
     Coefficients from_;
     Tile<I> tile_{0, 0};
-    int64_t span_ = I::lanes, start_ = -span_;
+    int64_t start_ = -I::lanes;
     alignas(64) float values_[I::strips][I::lanes][I::lanes];
 };
 

@@ -138,54 +138,6 @@ class StructuredMatrix : public Matrix {
     std::vector<Lookup> lookups_[2];
 };
 
-// Of groups that are whole words: halfwords.h.
-class StructuredHalfwordsMatrix : public CodedMatrix {
-   public:
-    StructuredHalfwordsMatrix(int64_t n, int64_t m, int64_t group_size, const Structured& of, const Plane& map)
-        : CodedMatrix(n, m, group_size, Form::halfwords), structured_(of), salient_(map, m, group_size) {
-        structured_.coded = &coded_;
-        CodedPlanes& part = add_part({}, {});
-        add_ordinary(part);
-        if (!salient_.columns.empty()) add_salient(part);
-    }
-    Rows rows(const Isa& isa, bool int8) const override { return isa.structured_halfwords[int8]; }
-    const void* self() const override { return &structured_; }
-
-   private:
-    void add_ordinary(CodedPlanes& part) {
-        const int64_t regions = structured_.regions_count;
-        Codebooks& set = add_set(part, structured_.scales, structured_.means, regions, regions);
-        const int32_t kind = ordinary_kind(salient_);
-        constexpr Bits positive[] = {Bits::positive_in0, Bits::positive_in1, Bits::positive_in2};
-        constexpr Bits negative[] = {Bits::negative_in0, Bits::negative_in1, Bits::negative_in2};
-        constexpr Bits mixed[] = {Bits::mixed0, Bits::mixed1, Bits::mixed2};
-        for (int64_t region = 0; region < regions; region++) {
-            if (set.means_each) {
-                add(set, positive[region], kind, region, 1);
-                add(set, positive[region], kind, regions + region, 1);
-                add(set, negative[region], kind, region, -1);
-                add(set, negative[region], kind, regions + region, 1);
-            } else {
-                add(set, mixed[region], kind, region, 1);
-                add(set, Bits::negative, kind, region, -1);
-            }
-        }
-    }
-    void add_salient(CodedPlanes& part) {
-        Codebooks& set = add_set(part, structured_.salient_scales, structured_.salient_means, 2, 1);
-        Positions book(32 * words, -1);
-        for (size_t i = 0; i < salient_.columns.size(); i++) book[salient_.columns[i]] = salient_.groups[i];
-        const std::vector<Run>& runs = assign(set, book, kStepWords, true);
-        const int32_t kind = salient_kind(salient_, runs);
-        for (int64_t number = 0; number < 2 + set.means_each; number++) add(set, Bits::kept, kind, number, 1);
-        add(set, Bits::negative, kind, 0, -2);
-        add(set, Bits::residual, kind, 1, -2);
-    }
-
-    Structured structured_;
-    SalientColumns salient_;
-};
-
 class StructuredDotsMatrix : public CodedMatrix {
    public:
     StructuredDotsMatrix(int64_t n, int64_t m, int64_t group_size, const Structured& of, const Plane& map)
@@ -274,13 +226,13 @@ std::unique_ptr<Matrix> structured(int64_t n, int64_t m, int64_t group_size, int
                                    const StructuredTensors& from) {
     auto matrix = std::make_unique<StructuredMatrix>(n, m, group_size, keep, of, regions, from);
     const auto* own = static_cast<const Structured*>(matrix->self());
-    if (!groups_of_words(m, group_size).empty()) {
-        matrix->better.push_back(std::make_unique<StructuredHalfwordsMatrix>(n, m, group_size, *own, from.salient));
-    }
     auto kept = std::make_unique<KeptDotsMatrix>(*matrix, group_size, from.salient);
+    if (kept->possible()) {
+        matrix->better.push_back(std::move(kept));
+        return matrix;
+    }
     auto dots = std::make_unique<StructuredDotsMatrix>(n, m, group_size, *own, from.salient);
-    if (kept->possible()) matrix->better.push_back(std::move(kept));
-    else if (dots->possible()) matrix->better.push_back(std::move(dots));
+    if (dots->possible()) matrix->better.push_back(std::move(dots));
     return matrix;
 }
 

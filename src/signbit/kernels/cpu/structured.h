@@ -17,7 +17,6 @@
 
 #pragma once
 
-#include "codebooks.h"
 #include "kernels.h"
 #ifdef SIGNBIT_ISA
 #include "lookup.h"
@@ -50,7 +49,6 @@ struct Structured {
     const SalientPiece* pieces;   // of block i: [pieces_end[i - 1], pieces_end[i])
     const int64_t* pieces_end;
     const Lookup* lookups[2];
-    const Coded* coded;           // what the decoded planes mean, as halfwords are multiplied; null: they are not
 
     // Whether cursors are known for every 64 columns, and what they read there fits one read of 64 bits at any bit.
     bool regular() const { return cells && kept <= 57; }
