@@ -18,6 +18,9 @@ namespace {
 // Bytes of tables that are in use at a time: they are read again for every tile, and belong in the second-level cache.
 constexpr int64_t kTableBytes = 1 << 20;
 
+// What is made of activations for all threads by one of them takes so much at most.
+constexpr int64_t kSharedBytesPerColumn = 8;
+
 // Tiles of a task: so many that a task is worth its start, so few that threads end together; layouts with strips of
 // rows want a multiple of four.
 constexpr int64_t kLeastTiles = 4, kMostTiles = 16, kTasksPerThread = 3;
@@ -70,6 +73,12 @@ int64_t bytes_of(const Matrix& matrix, const Isa& isa, int64_t kind, bool int8) 
         case Form::numbers: return words * kNumberBytes;
         default: return (words + kChunkWords - 1) / kChunkWords * kChunkBytes[int8];
     }
+}
+
+int64_t per_token(const Matrix& matrix, const Isa& isa, bool int8) {
+    int64_t bytes = 0;
+    for (int64_t kind = 0; kind < matrix.kinds(); kind++) bytes += bytes_of(matrix, isa, kind, int8);
+    return bytes;
 }
 
 // What step 2 has made of the activations of a few tokens.
@@ -142,8 +151,8 @@ void multiply_few(const Matrix& matrix, const Isa& isa, const char* x, char* y, 
     const int64_t stride = (matrix.n + kOutputRows - 1) / kOutputRows * kOutputRows;
     float* sums = reinterpret_cast<float*>(outputs.reserve(static_cast<size_t>(tokens * stride) * sizeof(float)));
 
-    // Of few tokens each thread makes what it needs itself: tables fresh in another core's cache take longer to read.
-    const bool each = tokens <= kFewTokens;
+    // Tables of few tokens each thread makes itself: fresh in another core's cache they take longer to read.
+    const bool each = tokens <= kFewTokens && per_token(matrix, isa, int8) > kSharedBytesPerColumn * matrix.m;
     const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed) + 1;
     const Prepared* shared = nullptr;
     if (!each) {
@@ -203,12 +212,12 @@ void multiply(const Matrix& matrix, const Isa& isa, const void* x, void* y, Scal
     }
     const Matrix& w = *best;
     const int64_t width = static_cast<int64_t>(size_of(type));
-    int64_t per_token = 1;
+    int64_t table_bytes = 1;
     for (int64_t kind = 0; kind < w.kinds(); kind++) {
         // Halfwords' rows see to it themselves.
-        if (w.form(kind) != Form::halfwords) per_token += bytes_of(w, isa, kind, int8);
+        if (w.form(kind) != Form::halfwords) table_bytes += bytes_of(w, isa, kind, int8);
     }
-    const int64_t most = std::clamp<int64_t>(kTableBytes / per_token, 1, kTokens);
+    const int64_t most = std::clamp<int64_t>(kTableBytes / table_bytes, 1, kTokens);
     for (int64_t token = 0; token < tokens; token += most) {
         multiply_few(w, isa, static_cast<const char*>(x) + token * w.m * width,
                      static_cast<char*>(y) + token * w.n * width, type, std::min(most, tokens - token), int8, threads);
