@@ -20,6 +20,7 @@ from signbit.safetensors_file import (
     files_of,
     read_directory,
     read_header,
+    write_tensors,
     write_text,
 )
 
@@ -246,7 +247,16 @@ class TestCopyTensors:
             safetensors.torch.save_file({name: tensors[name] for name in names}, tmp_path / f"{number}")
             stored += read_header(tmp_path / f"{number}")[0].values()
         copy_tensors(stored, tmp_path / "copy")
-        assert (tmp_path / "copy").read_bytes() == safetensors.torch.save(tensors, metadata={"format": "pt"})
+        librarys = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        assert _split((tmp_path / "copy").read_bytes()) == _split(librarys)
+
+    @pytest.mark.parametrize("length", range(40))
+    def test_data_begins_with_a_cache_line(self, tmp_path: Path, length: int) -> None:
+        name, ones = "x" * length, torch.ones(3, dtype=torch.uint8)
+        write_tensors({name: (torch.uint8, (3,))}, lambda _: ones, {}, tmp_path / "a")
+        (tensor,) = read_header(tmp_path / "a")[0].values()
+        assert tensor.offset % 64 == 0
+        assert safetensors.torch.load_file(tmp_path / "a")[name].tolist() == [1, 1, 1]
 
     def test_a_source_that_became_shorter_is_named_and_nothing_is_left(self, good: Path) -> None:
         tensors, _ = read_header(good)
@@ -254,3 +264,9 @@ class TestCopyTensors:
         with pytest.raises(SignbitError, match=f"{good.name} became shorter"):
             copy_tensors(tensors.values(), good.parent / "copy")
         assert os.listdir(good.parent) == [good.name]
+
+
+def _split(file: bytes) -> tuple[bytes, bytes]:
+    """Header and data; how far the header is padded does not matter."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    return file[8:end].rstrip(b" "), file[end:]

@@ -40,6 +40,11 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Headers are padded so that data begins with a cache line. Rows of most packed matrices are then lines too, and
+# kernels, which read them where they are mapped, read one line for 64 bytes, not two. (The format asks for 8.)
+DATA_ALIGNMENT = 64
+LENGTH_BYTES = 8  # of what a file begins with
+
 # The limit that the safetensors library itself puts on headers.
 _MAX_HEADER = 100_000_000
 
@@ -214,7 +219,7 @@ def _write_header(
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-(len(encoded) + LENGTH_BYTES) % DATA_ALIGNMENT)
     out.write(struct.pack("<Q", len(encoded)))
     out.write(encoded)
     return order
