@@ -249,7 +249,7 @@ constexpr Isa with_dots() {
     isa.coded_halfwords[1] = coded_halfwords_rows<true>;
     isa.kept_dots[0] = kept_dots_rows<kDigits[0]>;
     isa.kept_dots[1] = kept_dots_rows<kDigits[1]>;
-    isa.split_dots = split_dots_rows<kDigits[1]>;
+    isa.split_dots = split_dots_rows;
     isa.haar_dots[0] = haar_dots_rows<kDigits[0]>;
     isa.haar_dots[1] = haar_dots_rows<kDigits[1]>;
     isa.structured_dots[0] = structured_dots_rows<kDigits[0]>;

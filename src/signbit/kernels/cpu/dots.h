@@ -1,6 +1,7 @@
-// Dot products of bits and digits, row by row: how one or two tokens are multiplied, where there is AVX-512.
+// Dot products of bits and digits, row by row: how one or two tokens are multiplied where there is AVX-512, but for
+// exact products with sign planes and split planes, which halfwords.h is faster at.
 //
-// Lookups (lookup.h) share what they do between rows, and want words of 32 rows side by side. With few tokens it is
+// Lookups (lookup.h) share what they do between rows, and want words of 32 rows side by side. With few tokens it may be
 // faster to go through a row from end to end, 512 columns of it at a time: a *chunk*. A mask leaves one bit of each of 64
 // bytes, and vpdpbusd adds products of 64 such bytes and as many activations: two instructions for 64 weights, whose bits
 // can be made of those of several planes, 512 at a time, beforehand.

@@ -10,6 +10,7 @@ namespace avx512 {
 
 // A vector has a halfword of each of so many rows: even lanes of the first 16, odd lanes of the others.
 constexpr int64_t kHalfwordRows = 32;
+static_assert(kHalfwordRows == kOutputRows, "whole vectors of outputs are written");
 // Low pieces have so many bits.
 constexpr int kLowBits = 11;
 

@@ -1,4 +1,4 @@
-// Split planes and Haar planes times few tokens, with AVX-512 (dots.h): signs A and zones C of codebooks.h.
+// Split planes (in 8 bits) and Haar planes times few tokens, with AVX-512 (dots.h): signs A and zones C of codebooks.h.
 //
 //     y = sum over words of  scale0 (T - C - 2 (A - B)) + scale1 (C - 2 B) + mean0 (T - C) + mean1 C       B: of both
 //
@@ -148,12 +148,11 @@ struct ZonedProduct {
     }
 };
 
-template <int Digits>
-void split_dots_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
+inline void split_dots_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
                      int64_t stride) {
     const SplitDots& w = *static_cast<const SplitDots*>(matrix);
     for (int64_t token = 0; token < kinds[0].tokens; token++) {
-        const ZonedProduct<Digits, 1> ordinary{w.signs, w.zones, w.ordinary, chunks_of<Digits>(kinds[0], token), -1};
+        const ZonedProduct<1, 1> ordinary{w.signs, w.zones, w.ordinary, chunks_of<1>(kinds[0], token), -1};
         for (int64_t row = first; row < last; row += kDotRows) {
             const int64_t count = least(last - row, kDotRows);
             __m512 sum = rows_product(ordinary, row, count, chunks_in(kinds[0]));
@@ -161,9 +160,9 @@ void split_dots_rows(const void* matrix, const Activations* kinds, int64_t first
                 SalientBits<2> bits;
                 bits.load(0, w.salient, w.signs, row, count);
                 bits.load(1, w.salient, w.zones, row, count);
-                const ResidualProduct<Digits, false> salient{
+                const ResidualProduct<1, false> salient{
                     {}, bits.plane[0], bits.plane[1], w.salient_scales, w.salient_means,
-                    chunks_of<Digits>(kinds[1], token), row};
+                    chunks_of<1>(kinds[1], token), row};
                 sum = _mm512_add_ps(sum, rows_product(salient, row, count, chunks_in(kinds[1])));
             }
             Avx512::store(y + token * stride + row, sum, count);
