@@ -207,6 +207,8 @@ int main() {
             }
         }
         run(*isa, {33, 576, 64, 3, 17, true, false});
+        // Several tiles, and more columns than one panel of tables has.
+        for (const bool int8 : {false, true}) run(*isa, {300, 1100, 96, 2, 17, true, int8});
         std::printf("%s done\n", isa->name);
     }
     std::printf("%d passed, %d failed\n", passed, failed);
