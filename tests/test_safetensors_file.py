@@ -23,6 +23,7 @@ from signbit.safetensors_file import (
     write_tensors,
     write_text,
 )
+from stored import unpadded
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2, 3], dtype=torch.uint8)}
 
@@ -248,7 +249,7 @@ class TestCopyTensors:
             stored += read_header(tmp_path / f"{number}")[0].values()
         copy_tensors(stored, tmp_path / "copy")
         librarys = safetensors.torch.save(tensors, metadata={"format": "pt"})
-        assert _split((tmp_path / "copy").read_bytes()) == _split(librarys)
+        assert unpadded((tmp_path / "copy").read_bytes()) == unpadded(librarys)
 
     @pytest.mark.parametrize("length", range(40))
     def test_data_begins_with_a_cache_line(self, tmp_path: Path, length: int) -> None:
@@ -264,9 +265,3 @@ class TestCopyTensors:
         with pytest.raises(SignbitError, match=f"{good.name} became shorter"):
             copy_tensors(tensors.values(), good.parent / "copy")
         assert os.listdir(good.parent) == [good.name]
-
-
-def _split(file: bytes) -> tuple[bytes, bytes]:
-    """Header and data; how far the header is padded does not matter."""
-    end = 8 + int.from_bytes(file[:8], "little")
-    return file[8:end].rstrip(b" "), file[end:]
