@@ -659,6 +659,36 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60)
 
 
+_WITHOUT_MEMORY = """
+import resource, torch
+from signbit.kernels import cpu
+from signbit.layouts import SignPlanes
+
+torch.set_num_threads(2)
+n, m = 256, 4_000_000
+signs = torch.zeros(1, n, m // 8, dtype=torch.uint8)
+layout = SignPlanes.encode(torch.zeros(1, n, 32, dtype=torch.bool), torch.ones(1, n, 1).half(), None, 0)
+small = torch.randn(1, 32)
+wanted = cpu.matmul(small, layout, False)
+wide = SignPlanes.around(type(layout.spec)((n, m), 1, 0, False, "float16"), [signs, torch.ones(1, n, 1).half()])
+x = torch.randn(1, m)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), -1))
+try:
+    cpu.matmul(x, wide, False)
+except MemoryError:
+    print("MemoryError", torch.equal(cpu.matmul(small, layout, False), wanted))
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer needs more addresses")
+def test_threads_without_memory_raise_and_go_on() -> None:
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_MEMORY], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "MemoryError True\n"), done.stderr
+
+
 @needs_kernels
 def test_the_threads_are_torchs() -> None:
     if sys.platform != "linux":

@@ -238,7 +238,7 @@ namespace kernels {
 
 namespace avx512 {
 
-constexpr Isa with_dots() {
+constexpr Isa with_dots_and_halfwords() {
     Isa isa = isa_of<Avx512>("avx512", supported);
     isa.prepare[static_cast<int>(Form::digits)] = prepare_digits;
     isa.prepare[static_cast<int>(Form::halfwords)] = prepare_halfwords;
@@ -261,6 +261,6 @@ constexpr Isa with_dots() {
 
 }  // namespace avx512
 
-const Isa kAvx512 = avx512::with_dots();
+const Isa kAvx512 = avx512::with_dots_and_halfwords();
 
 }  // namespace kernels

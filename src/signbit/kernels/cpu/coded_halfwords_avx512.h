@@ -199,23 +199,15 @@ class CodedTile {
 #pragma GCC unroll 1
         for (int64_t word = from; word < upto; word++, table += 2) {
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
-                sums.add(table[half], bits.fields(By, word, half));
-            }
+            for (int half = 0; half < 2; half++) sums.add(table[half], bits.fields(By, word, half));
         }
         return sums;
     }
 
-    // y += coefficient * value(vector, half), of all rows.
     template <class Value>
     [[gnu::always_inline]] void add_to(int64_t token, const Column<Avx512>* coefficients, Value value) {
-        for (int v = 0; v < Vectors; v++) {
-            for (int half = 0; half < 2; half++) {
-                float* to = y_ + token * stride_ + kHalfwordRows * v + 16 * half;
-                const __m512 coefficient = coefficients[v].strip[half];
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(coefficient, value(v, half), _mm512_loadu_ps(to)));
-            }
-        }
+        add_to_rows<Vectors>(
+            y_ + token * stride_, [&](int v, int half) { return coefficients[v].strip[half]; }, value);
     }
 
     // What comes next is fetched in so many steps for each word of a row, by loads and lookups.
@@ -234,18 +226,16 @@ class CodedTile {
 // Rows of a part whose outputs are transformed.
 template <int Vectors, int Pieces, bool One>
 void add_coded_pairs(const CodedPlanes& part, const Activations* kinds, int64_t row, int64_t n, float* y,
-                    int64_t stride) {
+                     int64_t stride) {
     constexpr int64_t rows = kHalfwordRows * Vectors;
     alignas(64) float own[kTokens * rows];
     const int64_t tokens = kinds[0].tokens, words = kinds[part.set[0].term[0].kind].words;
     for (int64_t i = 0; i < tokens * rows; i++) own[i] = 0.0f;
-    CodedTile<Vectors, Pieces, One> tile(part, kinds, row, n, own, rows);
-    tile.add(0, words);
+    CodedTile<Vectors, Pieces, One>(part, kinds, row, n, own, rows).add(0, words);
     for (int64_t token = 0; token < tokens; token++) {
         for (int64_t i = 0; i < rows; i += 16) {
             const int64_t there = greatest(least(n - row - i, 16), 0);
-            __m512 sum = _mm512_load_ps(own + token * rows + i);
-            sum = over_pairs(sum, there);
+            const __m512 sum = over_pairs(_mm512_load_ps(own + token * rows + i), there);
             float* to = y + token * stride + row + i;
             _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum));
         }
@@ -253,7 +243,7 @@ void add_coded_pairs(const CodedPlanes& part, const Activations* kinds, int64_t 
 }
 
 template <int Pieces, bool One>
-void add_coded_parts(const Coded& w, const Activations* kinds, int64_t first, int64_t last, float* y, int64_t stride) {
+void coded_halfwords(const Coded& w, const Activations* kinds, int64_t first, int64_t last, float* y, int64_t stride) {
     for (int64_t p = 0; p < w.parts; p++) {
         const CodedPlanes& part = w.part[p];
         const Activations& x = kinds[part.set[0].term[0].kind];
@@ -266,15 +256,6 @@ void add_coded_parts(const Coded& w, const Activations* kinds, int64_t first, in
                 else CodedTile<V, Pieces, One>(part, kinds, row, w.n, y + row, stride).add(word, end);
             });
         }
-    }
-}
-
-template <int Pieces, bool One>
-void coded_halfwords(const Coded& w, const Activations* kinds, int64_t first, int64_t last, float* y, int64_t stride) {
-    // Times one token, parts share what they read of a tile while it is at hand.
-    const int64_t rows = One ? 4 * kHalfwordRows : last - first;
-    for (int64_t row = first; row < last; row += rows) {
-        add_coded_parts<Pieces, One>(w, kinds, row, least(row + rows, last), y, stride);
     }
 }
 

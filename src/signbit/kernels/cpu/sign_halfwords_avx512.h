@@ -77,8 +77,8 @@ class SignTile {
     void add_constant(int64_t run, const Scales& of) {
         for (int64_t token = 0; token < x_.tokens; token++) {
             const __m512 sum = _mm512_set1_ps(x_.sums[token * x_.runs + run]);
-            add_to(
-                token, [&](int v, int half) { return of.at(v, half); }, [sum](int, int) { return sum; });
+            add_to_rows<Vectors>(
+                y_ + token * stride_, [&](int v, int half) { return of.at(v, half); }, [sum](int, int) { return sum; });
         }
     }
 
@@ -103,20 +103,9 @@ class SignTile {
             for (int64_t i = 0; !One && i < 2 * count; i++) sums.add(table[i], fields[i]);
             const __m512 unit = _mm512_set1_ps(x_.steps[token * x_.words + word]);
             const __m512 minus_two = _mm512_set1_ps(-2.0f);
-            add_to(
-                token, [&](int v, int half) { return _mm512_mul_ps(scales.at(v, half), minus_two); },
+            add_to_rows<Vectors>(
+                y_ + token * stride_, [&](int v, int half) { return _mm512_mul_ps(scales.at(v, half), minus_two); },
                 [&](int v, int half) { return _mm512_mul_ps(sums.total(v, half), unit); });
-        }
-    }
-
-    // y += coefficient(vector, half) * value(vector, half), of all rows.
-    template <class Coefficient, class Value>
-    [[gnu::always_inline]] void add_to(int64_t token, Coefficient coefficient, Value value) {
-        for (int v = 0; v < Vectors; v++) {
-            for (int half = 0; half < 2; half++) {
-                float* to = y_ + token * stride_ + kHalfwordRows * v + 16 * half;
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(coefficient(v, half), value(v, half), _mm512_loadu_ps(to)));
-            }
         }
     }
 
