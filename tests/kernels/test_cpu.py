@@ -348,6 +348,15 @@ def test_activations_at_the_ends_of_floats(name: str, size: float, tokens: int) 
     assert (y - truth).norm(dtype=torch.float64) <= 1e-5 * truth.norm(dtype=torch.float64)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_sum_whose_double_is_no_float(isa: str, tokens: int, int8: bool) -> None:
+    layout = SignPlanes.encode(torch.ones(1, 1, 64, dtype=torch.bool), torch.full((1, 1, 1), 0.01).half(), None, 0)
+    x = torch.zeros(tokens, 64)
+    x[:, 3] = 2e38
+    assert kernels.matmul(x, layout, int8=int8) == pytest.approx(-2e36, rel=1e-3)
+
+
 @needs_kernels
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("name", PLANES)
