@@ -123,34 +123,27 @@ class CodedTile {
     // Words [from, upto) of a block, of one step.
     void add_step(const Codebooks& set, const CodedBlock<Vectors>& bits, int64_t block, int64_t from, int64_t upto,
                   const Coefficients& coefficients, PartAhead<Avx512>& ahead) {
-        HalfwordFields<Vectors> fields[One ? 1 : kMaxChosen][One ? 1 : 2 * kStepWords];
-        for (int64_t t = 0, slot = 0; !One && t < set.terms; t++) {
-            if (set.term[t].bits == Bits::all) continue;
-            for (int64_t i = 0; i < 2 * (upto - from); i++) {
-                fields[slot][i] = bits.fields(set.term[t].bits, from + i / 2, static_cast<int>(i % 2));
-            }
-            slot++;
-        }
-        for (int64_t token = 0; token < (One ? 1 : kinds_[0].tokens); token++) {
-            for (int64_t t = 0, slot = 0; t < set.terms; t++) {
-                const Term& term = set.term[t];
-                if (term.bits == Bits::all) continue;
-                const Activations& x = kinds_[term.kind];
-                const int64_t word = block + from;
-                const HalfwordTable<Pieces>* table =
-                    reinterpret_cast<const HalfwordTable<Pieces>*>(x.tables) + 2 * (token * x.words + word);
-                HalfwordSums<Vectors, Pieces> sums;
-                if (One) {
-                    ahead.step();
-                    sums = chosen_sums(bits, term.bits, from, upto, table);
-                } else {
-#pragma GCC unroll 1
-                    for (int64_t i = 0; i < 2 * (upto - from); i++) sums.add(table[i], fields[slot][i]);
+        const int64_t word = block + from;
+        HalfwordFields<Vectors> fields[One ? 1 : 2 * kStepWords];
+        for (int64_t t = 0; t < set.terms; t++) {
+            const Term& term = set.term[t];
+            if (term.bits == Bits::all) continue;
+            if constexpr (One) {
+                ahead.step();
+                add_sums(chosen_sums(bits, term.bits, from, upto, tables_of(term, 0, word)), term, 0, word,
+                         coefficients[t]);
+            } else {
+                const int64_t count = 2 * (upto - from);
+                for (int64_t i = 0; i < count; i++) {
+                    fields[i] = bits.fields(term.bits, from + i / 2, static_cast<int>(i % 2));
                 }
-                slot++;
-                const __m512 unit = _mm512_set1_ps(x.steps[token * x.words + word]);
-                add_to(token, coefficients[t],
-                       [&](int v, int half) { return _mm512_mul_ps(sums.total(v, half), unit); });
+                for_tokens<kTogether<Pieces>>(0, kinds_[0].tokens, [&](auto tokens, int64_t token) {
+                    HalfwordSums<Vectors, Pieces, decltype(tokens)::value> sums;
+                    const HalfwordTable<Pieces>* table = tables_of(term, token, word);
+#pragma GCC unroll 1
+                    for (int64_t i = 0; i < count; i++) sums.add(table + i, tables_of_token(term), fields[i]);
+                    add_sums(sums, term, token, word, coefficients[t]);
+                });
             }
         }
     }
@@ -160,25 +153,42 @@ class CodedTile {
                   const Coefficients& coefficients) {
         const int64_t* ends = set.lookups_end[kLookupSizes - 1] + run;
         const Lookup *all = set.lookups[kLookupSizes - 1], *begin = all + (run ? ends[-1] : 0), *end = all + *ends;
-        for (int64_t token = 0; token < (One ? 1 : kinds_[0].tokens); token++) {
+        constexpr int most = One ? 1 : kTogether<Pieces>;
+        for_tokens<most>(0, kinds_[0].tokens, [&](auto tokens, int64_t token) {
             for (int64_t t = 0; t < set.terms; t++) {
                 const Term& term = set.term[t];
                 if (term.bits == Bits::all) continue;
-                const Activations& x = kinds_[term.kind];
-                const HalfwordTable<Pieces>* tables =
-                    reinterpret_cast<const HalfwordTable<Pieces>*>(x.tables) + 2 * (token * x.words + block);
-                HalfwordSums<Vectors, Pieces> sums;
+                const HalfwordTable<Pieces>* tables = tables_of(term, token, block);
+                HalfwordSums<Vectors, Pieces, decltype(tokens)::value> sums;
                 for (const Lookup* one = begin; one < end; one++) {
                     const int half = one->nibble / 3;
                     __m512i halfwords[Vectors];
                     for (int v = 0; v < Vectors; v++) halfwords[v] = bits.chosen(term.bits, one->word, half, v);
-                    sums.add_field(tables[2 * one->word + half], one->nibble % 3, one->mask, halfwords);
+                    sums.add_some(tables + 2 * one->word + half, tables_of_token(term), one->nibble % 3, one->mask,
+                                  halfwords);
                 }
-                const __m512 unit = _mm512_set1_ps(x.steps[token * x.words + block + begin->word]);
-                add_to(token, coefficients[t],
-                       [&](int v, int half) { return _mm512_mul_ps(sums.total(v, half), unit); });
+                add_sums(sums, term, token, block + begin->word, coefficients[t]);
             }
-        }
+        });
+    }
+
+    // Sums of one step, the one of this word, and of tokens from one on.
+    template <int Tokens>
+    [[gnu::always_inline]] void add_sums(const HalfwordSums<Vectors, Pieces, Tokens>& sums, const Term& term,
+                                         int64_t token, int64_t word, const Column<Avx512>* coefficients) {
+        const Activations& x = kinds_[term.kind];
+        unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
+            const int64_t own = token + t.value;
+            const __m512 unit = _mm512_set1_ps(x.steps[own * x.words + word]);
+            add_to(own, coefficients,
+                   [&](int v, int half) { return _mm512_mul_ps(sums.total(t.value, v, half), unit); });
+        });
+    }
+
+    int64_t tables_of_token(const Term& term) const { return 2 * kinds_[term.kind].words; }
+    const HalfwordTable<Pieces>* tables_of(const Term& term, int64_t token, int64_t word) const {
+        const auto* tables = reinterpret_cast<const HalfwordTable<Pieces>*>(kinds_[term.kind].tables);
+        return tables + token * tables_of_token(term) + 2 * word;
     }
 
     [[gnu::always_inline]] static HalfwordSums<Vectors, Pieces> chosen_sums(const CodedBlock<Vectors>& bits, Bits by,
@@ -199,7 +209,7 @@ class CodedTile {
 #pragma GCC unroll 1
         for (int64_t word = from; word < upto; word++, table += 2) {
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) sums.add(table[half], bits.fields(By, word, half));
+            for (int half = 0; half < 2; half++) sums.add(table + half, 0, bits.fields(By, word, half));
         }
         return sums;
     }
@@ -212,8 +222,6 @@ class CodedTile {
 
     // What comes next is fetched in so many steps for each word of a row, by loads and lookups.
     static constexpr int64_t kStepsOfWord = 2;
-    // Ways in which a set chooses activations, at most.
-    static constexpr int64_t kMaxChosen = 6;
 
     const CodedPlanes& part_;
     const Activations* kinds_;

@@ -161,66 +161,97 @@ struct HalfwordFields {
     }
 };
 
-// What halfwords choose of the activations of 128 columns at most.
-template <int Vectors, int Pieces>
-struct HalfwordSums {
-    __m512i sum[Pieces][Vectors] = {};
+template <int Value>
+struct Count {
+    static constexpr int value = Value;
+};
 
-    // A field at a time: compilers would load all that they are about to need, and have no registers for that.
-    [[gnu::always_inline]] void add(const HalfwordTable<Pieces>& table, const HalfwordFields<Vectors>& fields) {
-        find(table.first, fields.of[0]);
+// f(Count<0>()), f(Count<1>()) ...: unrolled before arrays are brought into registers, as loops are not always.
+template <int N, class F>
+[[gnu::always_inline]] inline void unrolled(F f) {
+    if constexpr (N > 0) {
+        unrolled<N - 1>(f);
+        f(Count<N - 1>());
+    }
+}
+
+// What halfwords choose of the activations of 128 columns at most, of so many tokens.
+template <int Vectors, int Pieces, int Tokens = 1>
+struct HalfwordSums {
+    __m512i sum[Tokens][Pieces][Vectors] = {};
+
+    // Tables of one token are ``stride`` apart from those of the next. A field at a time: compilers would load all that
+    // they are about to need, and have no registers for that.
+    [[gnu::always_inline]] void add(const HalfwordTable<Pieces>* table, int64_t stride,
+                                    const HalfwordFields<Vectors>& fields) {
+        add_field<0>(table, stride, fields.of[0]);
         one_after_the_other();
-        find(table.second, fields.of[1]);
+        add_field<1>(table, stride, fields.of[1]);
         one_after_the_other();
-        __m512i low[Pieces], high[Pieces];
-        for (int p = 0; p < Pieces; p++) {
-            low[p] = _mm512_load_si512(table.third[p]);
-            high[p] = _mm512_load_si512(table.third[p] + 32);
-        }
-        for (int v = 0; v < Vectors; v++) {
-            for (int p = 0; p < Pieces; p++) {
-                sum[p][v] = _mm512_add_epi16(sum[p][v], _mm512_permutex2var_epi16(low[p], fields.of[2][v], high[p]));
-            }
-        }
+        add_field<2>(table, stride, fields.of[2]);
         one_after_the_other();
     }
     // One field of the three, of halfwords.
-    [[gnu::always_inline]] void add_field(const HalfwordTable<Pieces>& table, int field, uint32_t mask,
-                                          const __m512i* halfwords) {
+    [[gnu::always_inline]] void add_some(const HalfwordTable<Pieces>* table, int64_t stride, int field, uint32_t mask,
+                                         const __m512i* halfwords) {
         const __m512i bits = _mm512_set1_epi16(static_cast<short>(mask));
-        const int16_t* from = field == 0 ? table.first[0] : field == 1 ? table.second[0] : table.third[0];
-        const int64_t stride = field == 2 ? 64 : 32;
+        __m512i index[Vectors];
         for (int v = 0; v < Vectors; v++) {
-            const __m512i index = _mm512_and_si512(_mm512_srl_epi16(halfwords[v], _mm_cvtsi32_si128(5 * field)), bits);
-            for (int p = 0; p < Pieces; p++) {
-                const __m512i low = _mm512_load_si512(from + p * stride);
-                // A field of five bits never asks for the second half.
-                const __m512i high = _mm512_load_si512(from + p * stride + (field == 2 ? 32 : 0));
-                sum[p][v] = _mm512_add_epi16(sum[p][v], _mm512_permutex2var_epi16(low, index, high));
-            }
+            index[v] = _mm512_and_si512(_mm512_srl_epi16(halfwords[v], _mm_cvtsi32_si128(5 * field)), bits);
         }
+        if (field == 0) add_field<0>(table, stride, index);
+        else if (field == 1) add_field<1>(table, stride, index);
+        else add_field<2>(table, stride, index);
     }
     // Of the 16 rows of even or odd lanes, in units.
-    [[gnu::always_inline]] __m512 total(int v, bool odd) const {
+    [[gnu::always_inline]] __m512 total(int token, int v, bool odd) const {
         const auto lanes = [odd](int worth) { return _mm512_set1_epi32(odd ? worth << 16 : worth); };
-        __m512i total = _mm512_madd_epi16(sum[0][v], lanes(1));
-        if (Pieces == 2) total = _mm512_dpwssd_epi32(total, sum[Pieces - 1][v], lanes(1 << kLowBits));
+        __m512i total = _mm512_madd_epi16(sum[token][0][v], lanes(1));
+        if (Pieces == 2) total = _mm512_dpwssd_epi32(total, sum[token][Pieces - 1][v], lanes(1 << kLowBits));
         return _mm512_cvtepi32_ps(total);
     }
 
    private:
     [[gnu::always_inline]] static void one_after_the_other() { asm volatile("" : : : "memory"); }
 
-    [[gnu::always_inline]] void find(const int16_t (&table)[Pieces][32], const __m512i* index) {
-        __m512i sums[Pieces];
-        for (int p = 0; p < Pieces; p++) sums[p] = _mm512_load_si512(table[p]);
-        for (int v = 0; v < Vectors; v++) {
-            for (int p = 0; p < Pieces; p++) {
-                sum[p][v] = _mm512_add_epi16(sum[p][v], _mm512_permutexvar_epi16(index[v], sums[p]));
-            }
-        }
+    template <int Field>
+    [[gnu::always_inline]] void add_field(const HalfwordTable<Pieces>* table, int64_t stride, const __m512i* index) {
+        __m512i low[Tokens][Pieces], high[Tokens][Pieces];
+        unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
+            const HalfwordTable<Pieces>& own = table[t.value * stride];
+            unrolled<Pieces>([&](auto p) __attribute__((always_inline)) {
+                const int16_t* from =
+                    Field == 0 ? own.first[p.value] : Field == 1 ? own.second[p.value] : own.third[p.value];
+                low[t.value][p.value] = _mm512_load_si512(from);
+                if (Field == 2) high[t.value][p.value] = _mm512_load_si512(from + 32);
+            });
+        });
+        unrolled<Vectors>([&](auto v) __attribute__((always_inline)) {
+            unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
+                unrolled<Pieces>([&](auto p) __attribute__((always_inline)) {
+                    const __m512i some = low[t.value][p.value], more = high[t.value][p.value], at = index[v.value];
+                    const __m512i found =
+                        Field == 2 ? _mm512_permutex2var_epi16(some, at, more) : _mm512_permutexvar_epi16(at, some);
+                    __m512i own = _mm512_add_epi16(sum[t.value][p.value][v.value], found);
+                    // Or compilers would add up what is found first, and have no registers for that.
+                    asm("" : "+v"(own));
+                    sum[t.value][p.value][v.value] = own;
+                });
+            });
+        });
     }
 };
+
+// So many tokens share the halfwords that are read; their sums take half of the registers.
+template <int Pieces>
+constexpr int kTogether = 4 / Pieces;
+
+// Calls add_tokens(Count<...>, token) for as many tokens at a time as may be, from one on.
+template <int Most, class AddTokens>
+[[gnu::always_inline]] inline void for_tokens(int64_t token, int64_t tokens, AddTokens add_tokens) {
+    for (; token + Most <= tokens; token += Most) add_tokens(Count<Most>(), token);
+    if constexpr (Most > 1) for_tokens<Most / 2>(token, tokens, add_tokens);
+}
 
 // y += coefficient(vector, half) * value(vector, half), of all rows of a tile.
 template <int Vectors, class Coefficient, class Value>
@@ -244,24 +275,19 @@ int64_t panel_words(const Activations& x) {
     return One ? x.words : greatest(kPanelBytes / (x.tokens * block_bytes), 1) * kChunkWords;
 }
 
-template <int Count>
-struct VectorsOfTile {
-    static constexpr int value = Count;
-};
-
-// Calls do_tile(VectorsOfTile<...>, row) for tiles of 128 rows, and for those that are left of 64 and of 32.
+// Calls do_tile(Count<vectors>, row) for tiles of 128 rows, and for those that are left of 64 and of 32.
 template <class DoTile>
 void for_each_tile(int64_t first, int64_t last, DoTile do_tile) {
     for (int64_t row = first; row < last;) {
         const int64_t left = last - row;
         if (left > 3 * kHalfwordRows) {
-            do_tile(VectorsOfTile<4>(), row);
+            do_tile(Count<4>(), row);
             row += 4 * kHalfwordRows;
         } else if (left > kHalfwordRows) {
-            do_tile(VectorsOfTile<2>(), row);
+            do_tile(Count<2>(), row);
             row += 2 * kHalfwordRows;
         } else {
-            do_tile(VectorsOfTile<1>(), row);
+            do_tile(Count<1>(), row);
             row += kHalfwordRows;
         }
     }

@@ -68,7 +68,8 @@ class SignTile {
                 }
                 for (int64_t from = run.from, upto; from < run.upto; from = upto) {
                     upto = least(run.upto, (from / kStepWords + 1) * kStepWords);
-                    add_step(bits.word + from, block + from, upto - from, scales, ahead);
+                    if constexpr (One) add_step(bits.word + from, block + from, upto - from, scales, ahead);
+                    else add_step(bits.word + from, block + from, upto - from, scales);
                 }
             }
         }
@@ -82,31 +83,64 @@ class SignTile {
         }
     }
 
-    // Words of one step.
-    void add_step(const __m512i (*words)[Vectors][2], int64_t word, int64_t count, const Scales& scales,
-                  Ahead<Avx512>& ahead) {
-        HalfwordFields<Vectors> fields[One ? 1 : 2 * kStepWords];
-        for (int64_t i = 0; !One && i < 2 * count; i++) fields[i] = {words[i / 2], static_cast<int>(i % 2)};
-        for (int64_t token = 0; token < (One ? 1 : x_.tokens); token++) {
-            const HalfwordTable<Pieces>* table =
-                reinterpret_cast<const HalfwordTable<Pieces>*>(x_.tables) + 2 * (token * x_.words + word);
-            HalfwordSums<Vectors, Pieces> sums;
-#pragma GCC unroll 1
-            for (int64_t i = 0; One && i < count; i++) {
-#pragma GCC unroll 2
+    // Minus two scales of each row: doubled sums may be no floats where products are.
+    struct MinusTwoScales {
+        __m512 of[Vectors][2];
+
+        [[gnu::always_inline]] explicit MinusTwoScales(const Scales& scales) {
+            for (int v = 0; v < Vectors; v++) {
                 for (int half = 0; half < 2; half++) {
-                    ahead.step();
-                    sums.add(table[2 * i + half], HalfwordFields<Vectors>(words[i], half));
+                    of[v][half] = _mm512_mul_ps(scales.at(v, half), _mm512_set1_ps(-2.0f));
                 }
             }
-#pragma GCC unroll 1
-            for (int64_t i = 0; !One && i < 2 * count; i++) sums.add(table[i], fields[i]);
-            const __m512 unit = _mm512_set1_ps(x_.steps[token * x_.words + word]);
-            const __m512 minus_two = _mm512_set1_ps(-2.0f);
-            add_to_rows<Vectors>(
-                y_ + token * stride_, [&](int v, int half) { return _mm512_mul_ps(scales.at(v, half), minus_two); },
-                [&](int v, int half) { return _mm512_mul_ps(sums.total(v, half), unit); });
         }
+    };
+
+    // Words of one step.
+    [[gnu::always_inline]] void add_step(const __m512i (*words)[Vectors][2], int64_t word, int64_t count,
+                                         const Scales& scales) {
+        const MinusTwoScales coefficients(scales);
+        HalfwordFields<Vectors> fields[2 * kStepWords];
+        for (int64_t i = 0; i < 2 * count; i++) fields[i] = {words[i / 2], static_cast<int>(i % 2)};
+        for_tokens<kTogether<Pieces>>(0, x_.tokens, [&](auto tokens, int64_t token) {
+            HalfwordSums<Vectors, Pieces, decltype(tokens)::value> sums;
+            const HalfwordTable<Pieces>* table = tables_of(token, word);
+#pragma GCC unroll 1
+            for (int64_t i = 0; i < 2 * count; i++) sums.add(table + i, 2 * x_.words, fields[i]);
+            add_sums(sums, token, word, coefficients);
+        });
+    }
+    // The same for one token.
+    [[gnu::always_inline]] void add_step(const __m512i (*words)[Vectors][2], int64_t word, int64_t count,
+                                         const Scales& scales, Ahead<Avx512>& ahead) {
+        HalfwordSums<Vectors, Pieces> sums;
+        const HalfwordTable<Pieces>* table = tables_of(0, word);
+#pragma GCC unroll 1
+        for (int64_t i = 0; i < count; i++) {
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                ahead.step();
+                sums.add(table++, 0, HalfwordFields<Vectors>(words[i], half));
+            }
+        }
+        add_sums(sums, 0, word, MinusTwoScales(scales));
+    }
+
+    // Sums of one step and of tokens from one on.
+    template <int Tokens>
+    [[gnu::always_inline]] void add_sums(const HalfwordSums<Vectors, Pieces, Tokens>& sums, int64_t token, int64_t word,
+                                         const MinusTwoScales& coefficients) {
+        unrolled<Tokens>([&](auto t) __attribute__((always_inline)) {
+            const int64_t own = token + t.value;
+            const __m512 unit = _mm512_set1_ps(x_.steps[own * x_.words + word]);
+            add_to_rows<Vectors>(
+                y_ + own * stride_, [&](int v, int half) { return coefficients.of[v][half]; },
+                [&](int v, int half) { return _mm512_mul_ps(sums.total(t.value, v, half), unit); });
+        });
+    }
+
+    const HalfwordTable<Pieces>* tables_of(int64_t token, int64_t word) const {
+        return reinterpret_cast<const HalfwordTable<Pieces>*>(x_.tables) + 2 * (token * x_.words + word);
     }
 
     const SignPlanes& w_;
