@@ -13,38 +13,43 @@ class SalientBits {
    public:
     Plane plane[Planes];
 
-    // From rows [row, row + count) of a plane to those from ``at`` on.
+    // From rows [row, row + count) of a plane to those from ``at`` on. Of lanes without salient columns, whose activations
+    // are zero, bits are whatever they are.
     void load(int which, const SalientBlocks& blocks, const Plane& from, int64_t row, int64_t count, int64_t at = 0) {
         plane[which] = {bits_[which], 64 * blocks.count};
-        for (int64_t i = 0; i < count; i++) {
-            const uint8_t* bytes = from.data + (row + i) * from.row_bytes;
-            uint8_t* to = bits_[which] + 64 * blocks.count * (at + i);
-            if (blocks.cut) cut(blocks, bytes, from.row_bytes / 4, to);
-            else pick(blocks, bytes, from.row_bytes / 4, to);
+        uint8_t* to = bits_[which] + 64 * blocks.count * at;
+        const uint8_t* bytes = from.data + row * from.row_bytes;
+        if (blocks.cut) {
+            for (int64_t i = 0; i < count; i++) {
+                cut(blocks, bytes + i * from.row_bytes, from.row_bytes / 4, to + 64 * blocks.count * i);
+            }
+            return;
         }
-        for (int64_t i = 0; !blocks.cut && i < count * blocks.count; i++) {
-            __m512i* block = reinterpret_cast<__m512i*>(bits_[which]) + at * blocks.count + i;
-            *block = blocks.pick.sets == 2 ? words_of_two(*block) : words_of_four(*block);
+        pick(blocks, bytes, from.row_bytes, count, to);
+        for (int64_t i = 0; i < count * blocks.count; i++) {
+            const __m512i block = _mm512_load_si512(to + 64 * i);
+            _mm512_store_si512(to + 64 * i, blocks.pick.sets == 2 ? words_of_two(block) : words_of_four(block));
         }
     }
 
    private:
-    // A block gets 64 bytes, set by set those of its windows.
-    static void pick(const SalientBlocks& blocks, const uint8_t* row, int64_t words, uint8_t* to) {
+    // A block gets 64 bytes, set by set those of its windows. Chunk by chunk: what is picked is the same for all rows.
+    static void pick(const SalientBlocks& blocks, const uint8_t* rows, int64_t row_bytes, int64_t count, uint8_t* to) {
         const SalientPick& pick = blocks.pick;
-        const int64_t in_set = 64 / pick.sets;
-        for (int64_t i = 0; i < blocks.count; i++) _mm512_store_si512(to + 64 * i, _mm512_setzero_si512());
+        const int64_t in_set = 64 / pick.sets, in_row = 64 * blocks.count;
         const uint8_t* select = pick.select;
-        int64_t window = 0;
-        for (int64_t chunk = 0; chunk < pick.chunks; chunk++, window += 8) {
-            if (window == in_set) {
-                window = 0;
-                to += 64;
-            }
-            const __m512i bits = _mm512_maskz_loadu_epi32(first_of_16(words - kChunkWords * chunk), row + 64 * chunk);
+        for (int64_t chunk = 0; chunk < pick.chunks; chunk++) {
+            const __mmask16 there = first_of_16(row_bytes / 4 - kChunkWords * chunk);
+            uint8_t* of_block = to + 8 * chunk / in_set * 64 + 8 * chunk % in_set;
             for (int64_t set = 0; set < pick.used; set++, select += 64) {
-                const __mmask64 picked = _mm512_bitshuffle_epi64_mask(bits, _mm512_loadu_si512(select));
-                __builtin_memcpy(to + set * in_set + window, &picked, 8);
+                const __m512i picked = _mm512_loadu_si512(select);
+                uint8_t* of_set = of_block + set * in_set;
+#pragma GCC unroll 4
+                for (int64_t i = 0; i < count; i++) {
+                    const __m512i bits = _mm512_maskz_loadu_epi32(there, rows + i * row_bytes + 64 * chunk);
+                    const __mmask64 found = _mm512_bitshuffle_epi64_mask(bits, picked);
+                    __builtin_memcpy(of_set + i * in_row, &found, 8);
+                }
             }
         }
     }
