@@ -47,23 +47,6 @@ struct Avx512 {
         }
     }
 
-    // Coefficients [count] of 16 rows to out[index][row].
-    static void load_coefficients(const char* const* rows, Scalar type, int64_t count, float (*out)[lanes]) {
-        const __mmask16 present = static_cast<__mmask16>((1u << count) - 1);
-        U r[16];
-        for (int lane = 0; lane < 16; lane++) {
-            if (type == Scalar::f32) {
-                r[lane] = _mm512_maskz_loadu_epi32(present, rows[lane]);
-                continue;
-            }
-            const __m256i shorts = _mm256_maskz_loadu_epi16(present, rows[lane]);
-            r[lane] = type == Scalar::f16 ? _mm512_castps_si512(_mm512_cvtph_ps(shorts))
-                                          : _mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16);
-        }
-        transpose(r);
-        for (int i = 0; i < 16; i++) _mm512_store_si512(out[i], r[i]);
-    }
-
     [[gnu::always_inline]] static void transpose(U* r) {
         U t[16], q[16];
         for (int i = 0; i < 8; i++) {
@@ -223,6 +206,7 @@ bool supported() {
 }  // namespace avx512
 }  // namespace kernels
 
+#include "coefficients_avx512.h"
 #include "integers_avx512.h"
 #include "partial_avx512.h"
 #include "partial_dots_avx512.h"

@@ -16,7 +16,7 @@
 //     strips                  vectors side by side, which share what is read from tables; a tile has
 //                             lanes * strips rows
 //     load_words              words of ``lanes`` rows, transposed
-//     load_coefficients       16-bit floats of ``lanes`` rows, transposed
+//     load_coefficients       coefficients of ``lanes`` rows, transposed
 //     Sum<Int8>               what the words of a run add up to, exact or of integers:
 //         tabulate(x, table)      the tables of one word's 32 activations, ``table_bytes``
 //         index(words)            what a lookup needs of a word, for all strips
@@ -177,7 +177,26 @@ struct RunsOf {
     }
 };
 
-// Coefficients of a tile's rows, transposed a few at a time.
+// ``count`` coefficients of each of a tile's rows, transposed; instruction sets may have a way of their own.
+template <class I>
+class CoefficientBlock {
+   public:
+    static constexpr int64_t count = I::lanes;
+
+    // So many of them; ``first`` is where those of a tile's first row begin, the others' are ``row_bytes`` apart. After
+    // row ``last`` of the tile there are no rows, and it stands in.
+    void load(const char* first, int64_t row_bytes, int64_t last, Scalar type, int64_t there) {
+        const char* rows[Tile<I>::rows];
+        for (int64_t i = 0; i < Tile<I>::rows; i++) rows[i] = first + least(i, last) * row_bytes;
+        for (int s = 0; s < I::strips; s++) I::load_coefficients(rows + s * I::lanes, type, there, value_[s]);
+    }
+    typename I::F at(int64_t index, int strip) const { return I::load(value_[strip][index]); }
+
+   private:
+    alignas(64) float value_[I::strips][I::lanes][I::lanes];
+};
+
+// Coefficients of a tile's rows, a block of them at a time.
 template <class I>
 class CoefficientTile {
    public:
@@ -187,7 +206,7 @@ class CoefficientTile {
     void take(const Coefficients& coefficients, const Tile<I>& tile) {
         from_ = coefficients;
         tile_ = tile;
-        start_ = -I::lanes;
+        start_ = -Block::count;
     }
 
     Column<I> at(int64_t index) {
@@ -199,29 +218,25 @@ class CoefficientTile {
 
     // The same without a copy: find(index), and then found(index, strip) for as long as nothing else is to be found.
     void find(int64_t index) {
-        if (index < start_ || index >= start_ + I::lanes) load(index / I::lanes * I::lanes);
+        if (index < start_ || index >= start_ + Block::count) load(index / Block::count * Block::count);
     }
-    typename I::F found(int64_t index, int strip) const { return I::load(&values_[strip][index - start_][0]); }
+    typename I::F found(int64_t index, int strip) const { return block_.at(index - start_, strip); }
 
    private:
+    using Block = CoefficientBlock<I>;
+
     void load(int64_t start) {
         start_ = start;
-        const int64_t count = least(I::lanes, from_.per_row - start);
-        for (int s = 0; s < I::strips; s++) {
-            const char* rows[I::lanes];
-            const int64_t width = from_.type == Scalar::f32 ? 4 : 2;
-            for (int lane = 0; lane < I::lanes; lane++) {
-                const int64_t row = tile_.at(s * I::lanes + lane);
-                rows[lane] = static_cast<const char*>(from_.data) + (row * from_.per_row + start) * width;
-            }
-            I::load_coefficients(rows, from_.type, count, values_[s]);
-        }
+        const int64_t width = from_.type == Scalar::f32 ? 4 : 2;
+        const char* first = static_cast<const char*>(from_.data) + (tile_.at(0) * from_.per_row + start) * width;
+        block_.load(first, from_.per_row * width, tile_.n - 1 - tile_.at(0), from_.type,
+                    least(Block::count, from_.per_row - start));
     }
 
     Coefficients from_;
     Tile<I> tile_{0, 0};
-    int64_t start_ = -I::lanes;
-    alignas(64) float values_[I::strips][I::lanes][I::lanes];
+    int64_t start_ = -Block::count;
+    Block block_;
 };
 
 // What a tile adds up to, for every token.
