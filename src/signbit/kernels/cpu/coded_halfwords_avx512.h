@@ -71,12 +71,12 @@ class CodedTile {
         constexpr int64_t rows = kHalfwordRows * Vectors;
         const int64_t words = kinds_[part_.set[0].term[0].kind].words;
         PartAhead<Avx512> ahead;
-        if (One) ahead = {part_, row_, n_, rows, kStepsOfWord * words, true};
+        if (One) ahead = {part_, row_, n_, rows, chosen_terms(part_.set[0]) * words, true};
         for (int64_t block = word; block < end; block += kChunkWords) {
             const int64_t count = least(kChunkWords, end - block);
             CodedBlock<Vectors> bits;
-            load(part_.signs, block, count, bits.signs, ahead);
-            load(part_.zones, block, count, bits.zones, ahead);
+            load(part_.signs, block, count, bits.signs);
+            load(part_.zones, block, count, bits.zones);
             if (part_.window) bits.order(part_.window, count);
             for (int64_t set = 0; set < part_.sets; set++) add_set(set, bits, block, count, ahead);
         }
@@ -86,11 +86,20 @@ class CodedTile {
     using Books = CodebookTile<Avx512, Vectors>;
     using Coefficients = typename Books::Coefficients;
 
-    void load(const Plane& plane, int64_t block, int64_t count, HalfwordBlock<Vectors>& bits,
-              PartAhead<Avx512>& ahead) const {
+    void load(const Plane& plane, int64_t block, int64_t count, HalfwordBlock<Vectors>& bits) const {
         // The last words of odd columns may have no word of the plane.
         const int64_t there = least(count, plane.row_bytes / 4 - block);
-        bits.load(plane, row_, n_, block, there, One ? &ahead : nullptr);
+        NothingAhead later;
+        bits.load(plane, row_, n_, block, there, One ? &later : nullptr);
+    }
+    // Loads take little of the time: what comes next is fetched while sums are made.
+    struct NothingAhead {
+        void step() {}
+    };
+    static int64_t chosen_terms(const Codebooks& set) {
+        int64_t chosen = 0;
+        for (int64_t t = 0; t < set.terms; t++) chosen += set.term[t].bits != Bits::all;
+        return chosen;
     }
 
     void add_set(int64_t number, const CodedBlock<Vectors>& bits, int64_t block, int64_t count,
@@ -129,8 +138,7 @@ class CodedTile {
             const Term& term = set.term[t];
             if (term.bits == Bits::all) continue;
             if constexpr (One) {
-                ahead.step();
-                add_sums(chosen_sums(bits, term.bits, from, upto, tables_of(term, 0, word)), term, 0, word,
+                add_sums(chosen_sums(bits, term.bits, from, upto, tables_of(term, 0, word), ahead), term, 0, word,
                          coefficients[t]);
             } else {
                 const int64_t count = 2 * (upto - from);
@@ -193,21 +201,23 @@ class CodedTile {
 
     [[gnu::always_inline]] static HalfwordSums<Vectors, Pieces> chosen_sums(const CodedBlock<Vectors>& bits, Bits by,
                                                                            int64_t from, int64_t upto,
-                                                                           const HalfwordTable<Pieces>* table) {
+                                                                           const HalfwordTable<Pieces>* table,
+                                                                           PartAhead<Avx512>& ahead) {
         switch (by) {
-            case Bits::signs: return sums_by<Bits::signs>(bits, from, upto, table);
-            case Bits::zones: return sums_by<Bits::zones>(bits, from, upto, table);
-            case Bits::negative0: return sums_by<Bits::negative0>(bits, from, upto, table);
-            default: return sums_by<Bits::negative1>(bits, from, upto, table);
+            case Bits::signs: return sums_by<Bits::signs>(bits, from, upto, table, ahead);
+            case Bits::zones: return sums_by<Bits::zones>(bits, from, upto, table, ahead);
+            case Bits::negative0: return sums_by<Bits::negative0>(bits, from, upto, table, ahead);
+            default: return sums_by<Bits::negative1>(bits, from, upto, table, ahead);
         }
     }
     template <Bits By>
     [[gnu::always_inline]] static HalfwordSums<Vectors, Pieces> sums_by(const CodedBlock<Vectors>& bits, int64_t from,
-                                                                       int64_t upto,
-                                                                       const HalfwordTable<Pieces>* table) {
+                                                                       int64_t upto, const HalfwordTable<Pieces>* table,
+                                                                       PartAhead<Avx512>& ahead) {
         HalfwordSums<Vectors, Pieces> sums;
 #pragma GCC unroll 1
         for (int64_t word = from; word < upto; word++, table += 2) {
+            ahead.step();
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) sums.add(table + half, 0, bits.fields(By, word, half));
         }
@@ -220,8 +230,6 @@ class CodedTile {
             y_ + token * stride_, [&](int v, int half) { return coefficients[v].strip[half]; }, value);
     }
 
-    // What comes next is fetched in so many steps for each word of a row, by loads and lookups.
-    static constexpr int64_t kStepsOfWord = 2;
 
     const CodedPlanes& part_;
     const Activations* kinds_;
