@@ -213,10 +213,10 @@ bool supported() {
 #include "sign_dots_avx512.h"
 #include "sign_halfwords_avx512.h"
 #include "coded_halfwords_avx512.h"
+#include "haar_dots_avx512.h"
 #include "structured_avx512.h"
 #include "structured_dots_avx512.h"
 #include "kept_dots_avx512.h"
-#include "zoned_dots_avx512.h"
 
 namespace kernels {
 
@@ -233,9 +233,7 @@ constexpr Isa with_dots_and_halfwords() {
     isa.coded_halfwords[1] = coded_halfwords_rows<true>;
     isa.kept_dots[0] = kept_dots_rows<kDigits[0]>;
     isa.kept_dots[1] = kept_dots_rows<kDigits[1]>;
-    isa.split_dots = split_dots_rows;
-    isa.haar_dots[0] = haar_dots_rows<kDigits[0]>;
-    isa.haar_dots[1] = haar_dots_rows<kDigits[1]>;
+    isa.haar_dots = haar_dots_rows;
     isa.structured_dots[0] = structured_dots_rows<kDigits[0]>;
     isa.structured_dots[1] = structured_dots_rows<kDigits[1]>;
     isa.partial_dots[0] = partial_dots_rows<false>;

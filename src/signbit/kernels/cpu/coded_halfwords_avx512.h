@@ -5,7 +5,7 @@
 
 #include "codebooks.h"
 #include "halfwords_avx512.h"
-#include "zoned_dots_avx512.h"
+#include "haar_dots_avx512.h"
 
 namespace kernels {
 namespace avx512 {

@@ -107,13 +107,6 @@ struct ZonedSet {
     int64_t means_each;
 };
 
-struct SplitDots {
-    Plane signs, zones;
-    ZonedSet ordinary;
-    SalientBlocks salient;
-    GroupCoefficients salient_scales, salient_means;
-};
-
 // Along rows a group has two codebooks, of its even and its odd columns, and salient columns planes of their own.
 struct HaarDots {
     bool along_rows;

@@ -119,8 +119,8 @@ struct Isa {
     // Null where there is none.
     Rows sign_halfwords[2], coded_halfwords[2];
     // Times few tokens.
-    Rows sign_dots, split_dots;  // in 8 bits
-    Rows haar_dots[2], structured_dots[2], kept_dots[2], partial_dots[2];
+    Rows sign_dots, haar_dots;  // in 8 bits
+    Rows structured_dots[2], kept_dots[2], partial_dots[2];
     Rows coded[2];
     Rows integers[2];
     Rows structured[2];

@@ -85,8 +85,8 @@ class SalientBits {
 //
 //     y = sum over words of  scale_o (K - 2 N) + scale_r (K - 2 Z) + mean K
 //
-// K: of the weights that are there at all, or of all; N and Z: of the negative ones, and those whose residual is.
-template <int Digits, bool Kept>
+// K: of the weights that are there at all; N and Z: of the negative ones, and those whose residual is.
+template <int Digits>
 struct ResidualProduct {
     static constexpr int rows = Digits == 1 ? 2 : 1;
     const Plane &kept, &negative, &residual;
@@ -95,11 +95,11 @@ struct ResidualProduct {
     int64_t base;  // the planes' first row
 
     void add(const SideBySide<rows>& row, __m512* parts) const {
-        const RowsOfBits<rows> K(Kept ? kept : negative, row, base), N(negative, row, base), Z(residual, row, base);
+        const RowsOfBits<rows> K(kept, row, base), N(negative, row, base), Z(residual, row, base);
         RowsCoefficients<rows, 2> scale(scales, row), mean(means, row);
         for (int64_t chunk = row.from; chunk < row.upto; chunk++) {
-            __m512i k[rows] = {}, n[rows], z[rows];
-            if (Kept) K.load(chunk, k);
+            __m512i k[rows], n[rows], z[rows];
+            K.load(chunk, k);
             N.load(chunk, n);
             Z.load(chunk, z);
             scale.load(chunk);
@@ -109,7 +109,7 @@ struct ResidualProduct {
             for (int i = 0; i < 8; i += 2) {
 #pragma GCC unroll 2
                 for (int r = 0; r < rows; r++) {
-                    if (Kept) of_k[r].add(k[r], x[chunk].x[i], x[chunk].x[i + 1]);
+                    of_k[r].add(k[r], x[chunk].x[i], x[chunk].x[i + 1]);
                     of_n[r].add(n[r], x[chunk].x[i], x[chunk].x[i + 1]);
                     of_z[r].add(z[r], x[chunk].x[i], x[chunk].x[i + 1]);
                     k[r] = next(k[r], 2);
@@ -117,10 +117,10 @@ struct ResidualProduct {
                     z[r] = next(z[r], 2);
                 }
             }
-            const __m512 all = x[chunk].all(0, 1), minus_two = _mm512_set1_ps(-2.0f);
+            const __m512 minus_two = _mm512_set1_ps(-2.0f);
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++) {
-                const __m512 there = Kept ? of_k[r].sum() : all;
+                const __m512 there = of_k[r].sum();
                 const __m512 by_sign = _mm512_fmadd_ps(of_n[r].sum(), minus_two, there);
                 const __m512 by_residual = _mm512_fmadd_ps(of_z[r].sum(), minus_two, there);
                 __m512 of_chunk = _mm512_mul_ps(scale.at(r, 0), by_sign);

@@ -92,46 +92,12 @@ class SplitPlanesMatrix : public CodedMatrix {
     SalientColumns salient_;
 };
 
-class SplitDotsMatrix : public CodedMatrix {
-   public:
-    SplitDotsMatrix(int64_t n, int64_t m, int64_t group_size, const SplitPlanes& from)
-        : CodedMatrix(n, m, group_size, Form::digits), salient_(from.salient, m, group_size) {
-        most_tokens = kFewTokens;
-        brought_together_.pick(salient_, m, group_size);
-        const std::vector<int32_t> groups = groups_of_words(m, group_size);
-        possible_ = !from.column_scales.data && !from.residual.data && !groups.empty() && brought_together_.possible &&
-                    lists_.assign(dots_.ordinary.scales, from.scales, 2, groups) &&
-                    lists_.assign(dots_.ordinary.means, from.means, 2, groups) &&
-                    lists_.assign(dots_.salient_scales, from.salient_scales, 2, brought_together_.groups, 2) &&
-                    lists_.assign(dots_.salient_means, from.salient_means, 1, brought_together_.groups, 2);
-        dots_.ordinary.means_each = from.means.data ? 2 : 0;
-        dots_.signs = from.signs;
-        dots_.zones = from.zones;
-        dots_.salient = brought_together_.blocks;
-        ordinary_kind(salient_);
-        if (dots_.salient.count) add_kind({brought_together_.columns, {}, false, kChunkWords * dots_.salient.count, &runs});
-    }
-    bool possible() const { return possible_; }
-    // Exact, three digits take longer than lookups.
-    Rows rows(const Isa& isa, bool int8) const override { return int8 ? isa.split_dots : nullptr; }
-    const void* self() const override { return &dots_; }
-
-   private:
-    SalientColumns salient_;
-    SalientLists brought_together_;
-    ChunkGroupLists lists_;
-    SplitDots dots_{};
-    bool possible_;
-};
-
 }  // namespace
 
 std::unique_ptr<Matrix> split_planes(int64_t n, int64_t m, int64_t group_size, const SplitPlanes& from) {
     auto matrix = std::make_unique<SplitPlanesMatrix>(n, m, group_size, from, Form::tables);
     if (!from.residual.data && !groups_of_words(m, group_size).empty()) {
         matrix->better.push_back(std::make_unique<SplitPlanesMatrix>(n, m, group_size, from, Form::halfwords));
-        auto dots = std::make_unique<SplitDotsMatrix>(n, m, group_size, from);
-        if (dots->possible()) matrix->better.push_back(std::move(dots));
     }
     return matrix;
 }

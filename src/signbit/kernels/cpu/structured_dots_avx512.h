@@ -126,7 +126,7 @@ void structured_dots(const void* matrix, const Activations* kinds, int64_t first
         for (int64_t token = 0; token < kinds[0].tokens; token++) {
             __m512 sum = sums_of(parts[token]);
             if (w.salient.count) {
-                const ResidualProduct<Digits, true> salient{bits.plane[0], bits.plane[1], bits.plane[2],
+                const ResidualProduct<Digits> salient{bits.plane[0], bits.plane[1], bits.plane[2],
                                                             w.salient_scales, w.salient_means,
                                                             chunks_of<Digits>(kinds[1], token), row};
                 sum = _mm512_add_ps(sum, rows_product(salient, row, count, chunks_in(kinds[1])));

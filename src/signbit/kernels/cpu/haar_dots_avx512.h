@@ -1,4 +1,4 @@
-// Split planes (in 8 bits) and Haar planes times few tokens, with AVX-512 (dots.h): signs A and zones C of codebooks.h.
+// Haar planes times few tokens in 8 bits, with AVX-512 (dots.h): signs A and zones C of codebooks.h.
 //
 //     y = sum over words of  scale0 (T - C - 2 (A - B)) + scale1 (C - 2 B) + mean0 (T - C) + mean1 C       B: of both
 //
@@ -25,10 +25,10 @@ struct TwoBits {
 
 // T + the sum of the positive weights' activations - that of the negative ones', for each zone: 2 for a positive weight
 // of the zone, 0 for a negative one, 1 for all others. Two dot products, where signs, zones and both would be three.
-template <int Digits, int Bands>
+template <int Bands>
 class SignedZones {
    public:
-    [[gnu::always_inline]] void add(__m512i negative, __m512i zone, const Chunk<Digits>& x) {
+    [[gnu::always_inline]] void add(__m512i negative, __m512i zone, const Chunk<1>& x) {
         const __m512i ones = _mm512_set1_epi8(-1);
         const __m512i neither = _mm512_andnot_si512(zone, _mm512_xor_si512(negative, ones));
         TwoBits numbers[2] = {TwoBits::of(zone, neither),
@@ -45,7 +45,7 @@ class SignedZones {
     }
     // Times the scales, and a mean for both.
     template <class Numbers>
-    [[gnu::always_inline]] __m512 product(const Chunk<Digits>& x, const Numbers& scales, const Numbers& means,
+    [[gnu::always_inline]] __m512 product(const Chunk<1>& x, const Numbers& scales, const Numbers& means,
                                           int64_t means_each, int row) const {
         __m512 product = _mm512_setzero_ps();
 #pragma GCC unroll 2
@@ -62,14 +62,14 @@ class SignedZones {
     }
 
    private:
-    SideDots<Digits, 2> dots_[2][Bands];
+    SideDots<1, 2> dots_[2][Bands];
 };
 
 // Signs A, zones C and both B, where each zone has a mean.
-template <int Digits, int Bands>
+template <int Bands>
 class MeanZones {
    public:
-    [[gnu::always_inline]] void add(__m512i negative, __m512i zone, const Chunk<Digits>& x) {
+    [[gnu::always_inline]] void add(__m512i negative, __m512i zone, const Chunk<1>& x) {
         __m512i both = _mm512_and_si512(negative, zone);
 #pragma GCC unroll 4
         for (int i = 0; i < 8; i += 2) {
@@ -82,7 +82,7 @@ class MeanZones {
         }
     }
     template <class Numbers>
-    [[gnu::always_inline]] __m512 product(const Chunk<Digits>& x, const Numbers& scales, const Numbers& means, int64_t,
+    [[gnu::always_inline]] __m512 product(const Chunk<1>& x, const Numbers& scales, const Numbers& means, int64_t,
                                           int row) const {
         const __m512 minus_two = _mm512_set1_ps(-2.0f);
         __m512 product = _mm512_setzero_ps();
@@ -99,7 +99,7 @@ class MeanZones {
     }
 
    private:
-    using Sums = BitDots<Digits>;
+    using Sums = BitDots<1>;
     [[gnu::always_inline]] static __m512 of(const Sums& sums, int band) {
         if (Bands == 1) return sums.sum();
         return band ? sums.sum_left() : sums.sum_right();
@@ -108,17 +108,17 @@ class MeanZones {
 };
 
 // Where ``Bands`` is 2, even and odd columns have codebooks of their own, one behind the other.
-template <int Digits, int Bands, int Vectors = 1>
+template <int Bands, int Vectors = 1>
 struct ZonedProduct {
     static constexpr int rows = 1;
     const Plane &signs, &zones;
     const ZonedSet& set;
-    const Chunk<Digits>* x;
+    const Chunk<1>* x;
     int64_t base;  // the first row in buffers of salient columns; -1: planes in memory
 
     void add(const SideBySide<rows>& row, __m512* parts) const {
-        if (set.means_each == 2) add_as<MeanZones<Digits, Bands>>(row, parts);
-        else add_as<SignedZones<Digits, Bands>>(row, parts);
+        if (set.means_each == 2) add_as<MeanZones<Bands>>(row, parts);
+        else add_as<SignedZones<Bands>>(row, parts);
     }
 
    private:
@@ -148,28 +148,6 @@ struct ZonedProduct {
     }
 };
 
-inline void split_dots_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
-                     int64_t stride) {
-    const SplitDots& w = *static_cast<const SplitDots*>(matrix);
-    for (int64_t token = 0; token < kinds[0].tokens; token++) {
-        const ZonedProduct<1, 1> ordinary{w.signs, w.zones, w.ordinary, chunks_of<1>(kinds[0], token), -1};
-        for (int64_t row = first; row < last; row += kDotRows) {
-            const int64_t count = least(last - row, kDotRows);
-            __m512 sum = rows_product(ordinary, row, count, chunks_in(kinds[0]));
-            if (w.salient.count) {
-                SalientBits<2> bits;
-                bits.load(0, w.salient, w.signs, row, count);
-                bits.load(1, w.salient, w.zones, row, count);
-                const ResidualProduct<1, false> salient{
-                    {}, bits.plane[0], bits.plane[1], w.salient_scales, w.salient_means,
-                    chunks_of<1>(kinds[1], token), row};
-                sum = _mm512_add_ps(sum, rows_product(salient, row, count, chunks_in(kinds[1])));
-            }
-            Avx512::store(y + token * stride + row, sum, count);
-        }
-    }
-}
-
 // The Haar transform over pairs of rows; a last row without a partner stays as it is.
 inline __m512 over_pairs(__m512 y, int64_t count) {
     const __m512 other = _mm512_permute_ps(y, 0xb1), root_half = _mm512_set1_ps(0.70710678118654752f);
@@ -178,14 +156,13 @@ inline __m512 over_pairs(__m512 y, int64_t count) {
     return count % 2 ? _mm512_mask_mov_ps(both, static_cast<__mmask16>(1 << (count - 1)), y) : both;
 }
 
-template <int Digits>
-void haar_dots_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
-                    int64_t stride) {
+inline void haar_dots_rows(const void* matrix, const Activations* kinds, int64_t first, int64_t last, float* y,
+                           int64_t stride) {
     const HaarDots& w = *static_cast<const HaarDots*>(matrix);
     for (int64_t token = 0; token < kinds[0].tokens; token++) {
-        const Chunk<Digits>* x = chunks_of<Digits>(kinds[0], token);
-        const ZonedProduct<Digits, 2> bands{w.signs, w.zones, w.ordinary, x, -1};
-        const ZonedProduct<Digits, 1> whole{w.signs, w.zones, w.ordinary, x, -1};
+        const Chunk<1>* x = chunks_of<1>(kinds[0], token);
+        const ZonedProduct<2> bands{w.signs, w.zones, w.ordinary, x, -1};
+        const ZonedProduct<1> whole{w.signs, w.zones, w.ordinary, x, -1};
         for (int64_t row = first; row < last; row += kDotRows) {
             const int64_t count = least(last - row, kDotRows), chunks = chunks_in(kinds[0]);
             __m512 plain = _mm512_setzero_ps(), paired = plain;
@@ -195,8 +172,8 @@ void haar_dots_rows(const void* matrix, const Activations* kinds, int64_t first,
                 SalientBits<2> bits;
                 bits.load(0, w.salient, w.along_rows ? w.salient_signs : w.signs, row, count);
                 bits.load(1, w.salient, w.along_rows ? w.salient_zones : w.zones, row, count);
-                const ZonedProduct<Digits, 1, 2> salient{bits.plane[0], bits.plane[1], w.of_salient,
-                                                      chunks_of<Digits>(kinds[1], token), row};
+                const ZonedProduct<1, 2> salient{bits.plane[0], bits.plane[1], w.of_salient,
+                                                      chunks_of<1>(kinds[1], token), row};
                 paired = _mm512_add_ps(paired, rows_product(salient, row, count, chunks_in(kinds[1])));
             }
             Avx512::store(y + token * stride + row, _mm512_add_ps(plain, over_pairs(paired, count)), count);
