@@ -192,6 +192,7 @@ MAKERS: dict[str, Make] = {
     "sign": sign_planes(),
     "groups of 32": sign_planes(group=32, mean=True),
     "groups of 64": sign_planes(group=64, dtype=torch.bfloat16),
+    "groups of 32 in float32": sign_planes(planes=2, group=32, mean=True, dtype=torch.float32),
     "groups of 100": sign_planes(group=100, mean=True, dtype=torch.bfloat16),
     "groups of 7": sign_planes(group=7, mean=True),
     "two planes": sign_planes(planes=2, group=128, mean=True),
@@ -321,7 +322,7 @@ PLANES = [name for name in MAKERS if name.startswith(("sign", "group", "two", "t
 @pytest.mark.parametrize("n", [96, 97, 161, 300])
 def test_tiles_of_many_rows(name: str, n: int) -> None:
     layout = MAKERS[name](n, 1100)
-    for tokens in (1, 2, 3, 16):
+    for tokens in (1, 2, 3, 7, 16, 35):
         x = random(tokens, 1100)
         check(kernels.matmul(x, layout), x, layout)
 
@@ -362,7 +363,7 @@ def test_a_sum_whose_double_is_no_float(isa: str, tokens: int, int8: bool) -> No
 @pytest.mark.parametrize("name", PLANES)
 def test_many_tokens_are_multiplied_as_one_by_one(name: str, int8: bool) -> None:
     # Not to the last bit: few tokens may have another kernel, which may round other columns to 8 bits together.
-    layout, x = MAKERS[name](161, 1100), random(17, 1100)
+    layout, x = MAKERS[name](161, 1100), random(39, 1100)
     y = kernels.matmul(x, layout, int8=int8)
     each = torch.stack([kernels.matmul(token, layout, int8=int8) for token in x])
     apart = 0.02 if int8 and name.startswith(("split", "Haar")) else 2e-6

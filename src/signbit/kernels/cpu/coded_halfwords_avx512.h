@@ -244,7 +244,7 @@ template <int Vectors, int Pieces, bool One>
 void add_coded_pairs(const CodedPlanes& part, const Activations* kinds, int64_t row, int64_t n, float* y,
                      int64_t stride) {
     constexpr int64_t rows = kHalfwordRows * Vectors;
-    alignas(64) float own[kTokens * rows];
+    alignas(64) float own[kHalfwordTokens * rows];
     const int64_t tokens = kinds[0].tokens, words = kinds[part.set[0].term[0].kind].words;
     for (int64_t i = 0; i < tokens * rows; i++) own[i] = 0.0f;
     CodedTile<Vectors, Pieces, One>(part, kinds, row, n, own, rows).add(0, words);

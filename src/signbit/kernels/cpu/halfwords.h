@@ -30,6 +30,9 @@ struct alignas(64) HalfwordTable {
     int16_t first[Pieces][32], second[Pieces][32], third[Pieces][64];  // columns 0 .. 4, 5 .. 9, 10 .. 15
 };
 
+// The most tokens that are multiplied at a time: they share what is loaded and transposed.
+constexpr int64_t kHalfwordTokens = 32;
+
 // What the tables of a word take: exact, int8.
 constexpr int64_t kHalfwordBytes[2] = {2 * sizeof(HalfwordTable<2>), 2 * sizeof(HalfwordTable<1>)};
 

@@ -82,7 +82,7 @@ struct Activations {
 // So many tokens at most are few.
 constexpr int64_t kFewTokens = 2;
 
-// The most tokens that are multiplied at a time.
+// The most tokens that are multiplied at a time, but by halfwords.
 constexpr int64_t kTokens = 16;
 
 using Prepare = void (*)(float* x, int64_t words, const Run* run, int64_t runs, bool int8, void* tables,

@@ -149,7 +149,9 @@ void multiply_few(const Matrix& matrix, const Isa& isa, const char* x, char* y, 
                   int threads) {
     const int64_t width = static_cast<int64_t>(size_of(type)), x_bytes = matrix.m * width;
     const int64_t stride = (matrix.n + kOutputRows - 1) / kOutputRows * kOutputRows;
-    float* sums = reinterpret_cast<float*>(outputs.reserve(static_cast<size_t>(tokens * stride) * sizeof(float)));
+    // Sums are outputs, unless these are of another type, or rows behind the last one would be written.
+    const bool in_place = type == Scalar::f32 && stride == matrix.n;
+    float* sums = reinterpret_cast<float*>(in_place ? y : outputs.reserve(static_cast<size_t>(tokens * stride) * 4));
 
     // Tables of few tokens each thread makes itself: fresh in another core's cache they take longer to read.
     const bool each = tokens <= kFewTokens && per_token(matrix, isa, int8) > kSharedBytesPerColumn * matrix.m;
@@ -180,9 +182,21 @@ void multiply_few(const Matrix& matrix, const Isa& isa, const char* x, char* y, 
     parallel_for(tasks, threads, [&](int64_t task) {
         rows(matrix.self(), prepared_here(), task * step, std::min((task + 1) * step, matrix.n), sums, stride);
     });
-    for (int64_t token = 0; token < tokens; token++) {
+    if (in_place) return;
+    parallel_for(tokens, threads, [&](int64_t token) {
         from_floats(sums + token * stride, matrix.n, type, y + token * matrix.n * width);
+    });
+}
+
+// How many tokens are worked on together.
+int64_t tokens_together(const Matrix& matrix, const Isa& isa, bool int8) {
+    int64_t table_bytes = 1;
+    for (int64_t kind = 0; kind < matrix.kinds(); kind++) {
+        // Their rows take turns in panels, whose tables are small enough.
+        if (matrix.form(kind) == Form::halfwords) return kHalfwordTokens;
+        table_bytes += bytes_of(matrix, isa, kind, int8);
     }
+    return std::clamp<int64_t>(kTableBytes / table_bytes, 1, kTokens);
 }
 
 }  // namespace
@@ -212,12 +226,7 @@ void multiply(const Matrix& matrix, const Isa& isa, const void* x, void* y, Scal
     }
     const Matrix& w = *best;
     const int64_t width = static_cast<int64_t>(size_of(type));
-    int64_t table_bytes = 1;
-    for (int64_t kind = 0; kind < w.kinds(); kind++) {
-        // Halfwords' rows see to it themselves.
-        if (w.form(kind) != Form::halfwords) table_bytes += bytes_of(w, isa, kind, int8);
-    }
-    const int64_t most = std::clamp<int64_t>(kTableBytes / table_bytes, 1, kTokens);
+    const int64_t most = tokens_together(w, isa, int8);
     for (int64_t token = 0; token < tokens; token += most) {
         multiply_few(w, isa, static_cast<const char*>(x) + token * w.m * width,
                      static_cast<char*>(y) + token * w.n * width, type, std::min(most, tokens - token), int8, threads);
