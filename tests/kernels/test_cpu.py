@@ -192,7 +192,6 @@ MAKERS: dict[str, Make] = {
     "sign": sign_planes(),
     "groups of 32": sign_planes(group=32, mean=True),
     "groups of 64": sign_planes(group=64, dtype=torch.bfloat16),
-    "groups of 32 in float32": sign_planes(planes=2, group=32, mean=True, dtype=torch.float32),
     "groups of 100": sign_planes(group=100, mean=True, dtype=torch.bfloat16),
     "groups of 7": sign_planes(group=7, mean=True),
     "two planes": sign_planes(planes=2, group=128, mean=True),
