@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint format sanitize neon clean
+.PHONY: demo test lint format sanitize driver neon clean
 
 demo: .venv/.stamp-run
 	$(BIN)/python examples/demo.py
@@ -32,6 +32,12 @@ sanitize: .venv/.stamp-dev
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	    PYTHONPATH=build/sanitize:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 	    $(BIN)/python -S -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py tests/test_decoding.py
+
+# The kernels without Python, with coefficients in float32, which no layout has.
+driver: .venv/.stamp-dev
+	$(BIN)/cmake -S cmake -B build/driver -DSIGNBIT_MODULE=OFF -DSIGNBIT_DRIVER=ON
+	$(BIN)/cmake --build build/driver -j 2
+	build/driver/driver
 
 # The kernels for ARM, compiled and run on another machine: needs g++-aarch64-linux-gnu and qemu-user.
 neon:
