@@ -90,32 +90,55 @@ struct SalientRow {
     }
 };
 
+// The bits of a byte as eight bytes of 0 and 1.
+struct SpreadBits {
+    uint8_t of[256][8] = {};
+
+    constexpr SpreadBits() {
+        for (int byte = 0; byte < 256; byte++) {
+            for (int i = 0; i < 8; i++) of[byte][i] = static_cast<uint8_t>(byte >> i & 1);
+        }
+    }
+};
+inline constexpr SpreadBits kSpreadBits{};
+
 // What an instruction set may do in a way of its own; this is for any.
 template <class I>
 struct PartialOperations {
-    static void integers(const BitPlanes& planes, int64_t at, int64_t count, uint32_t* values) {
-        for (int64_t i = 0; i < count; i++) values[i] = 0;
-        for (int64_t plane = 0; plane < planes.bits; plane++) {
-            const uint64_t bits = bits_of_plane(planes, plane, at);
-            for (int64_t i = 0; i < count; i++) values[i] |= static_cast<uint32_t>(bits >> i & 1) << plane;
+    // Eight bits, from plane ``first`` on, of ``count`` integers; eight at a time, so that bytes behind the last are
+    // written too.
+    static void bytes(const BitPlanes& planes, int64_t at, int64_t count, int64_t first, uint8_t* bytes) {
+        uint64_t eights[kSalientBatch / 8] = {};
+        for (int64_t i = 0; i < 8 && first + i < planes.bits; i++) {
+            uint64_t bits = bits_of_plane(planes, first + i, at);
+            for (int64_t k = 0; 8 * k < count; k++, bits >>= 8) {
+                uint64_t spread;
+                __builtin_memcpy(&spread, kSpreadBits.of[bits & 255], 8);
+                eights[k] |= spread << i;  // within each byte
+            }
         }
+        __builtin_memcpy(bytes, eights, sizeof eights);
     }
     // Of ``count`` gaps the places of the weights they lead to, from ``place`` on, which is moved behind the last.
     static int64_t places(const BitPlanes& gaps, int64_t at, int64_t count, uint32_t& place, uint32_t* places) {
-        uint32_t gap[kSalientBatch];
-        integers(gaps, at, count, gap);
+        uint8_t low[kSalientBatch], high[kSalientBatch] = {};
+        bytes(gaps, at, count, 0, low);
+        if (gaps.bits > 8) bytes(gaps, at, count, 8, high);
         const uint32_t escape = (1u << gaps.bits) - 1;
         int64_t found = 0;
+        uint32_t at_hand = place;
         for (int64_t i = 0; i < count; i++) {
-            place += gap[i];
-            if (gap[i] != escape) places[found++] = place++;
+            const uint32_t gap = low[i] | static_cast<uint32_t>(high[i]) << 8, marks = gap != escape;
+            at_hand += gap;
+            places[found] = at_hand;  // anything but a branch: escapes are not rare enough
+            found += marks;
+            at_hand += marks;
         }
+        place = at_hand;
         return found;
     }
     static void codes(const BitPlanes& planes, int64_t at, int64_t count, uint8_t* codes) {
-        uint32_t values[kSalientBatch];
-        integers(planes, at, count, values);
-        for (int64_t i = 0; i < count; i++) codes[i] = static_cast<uint8_t>(values[i]);
+        bytes(planes, at, count, 0, codes);
     }
 
     // The sums of a row, for each token.
@@ -124,21 +147,34 @@ struct PartialOperations {
         Sums(const Partial& w, const Activations& x) : w_(w), x_(x) {}
 
         void begin(int64_t) {
-            group_ = -1;
+            group_end_ = 0;
             for (int64_t token = 0; token < x_.tokens; token++) sum_[token] = 0.0f;
         }
+        // Signs are as good as random: they must not be branches.
         void add(const SalientRow& salient) {
+            const Plane& signs = w_.ordinary.signs[0];
+            const uint8_t* negative = signs.data + salient.row * signs.row_bytes;
+            float values[kSalientBatch];
             for (int64_t i = 0; i < salient.count; i++) {
                 const uint32_t column = salient.column[i];
-                if (group_ < 0 || column / w_.group_size != group_) {
-                    group_ = column / w_.group_size;
-                    correction_ = salient.correction(group_);
+                if (column >= group_end_) {
+                    const int64_t group = column / w_.group_size;
+                    group_end_ = (group + 1) * w_.group_size;
+                    correction_ = salient.correction(group);
                 }
-                const Plane& signs = w_.ordinary.signs[0];
-                const bool negative = signs.data[salient.row * signs.row_bytes + column / 8] >> column % 8 & 1;
+                const float sign = static_cast<float>(1 - 2 * (negative[column / 8] >> column % 8 & 1));
                 const float size = correction_.slope * static_cast<float>(salient.code[i]) + correction_.middle;
-                const float value = (negative ? -size : size) + correction_.offset;
-                for (int64_t token = 0; token < x_.tokens; token++) sum_[token] += value * numbers(x_, token)[column];
+                values[i] = sign * size + correction_.offset;
+            }
+            for (int64_t token = 0; token < x_.tokens; token++) {
+                const float* x = numbers(x_, token);
+                float lanes[4] = {};
+                int64_t i = 0;
+                for (; i + 4 <= salient.count; i += 4) {
+                    for (int64_t k = 0; k < 4; k++) lanes[k] += values[i + k] * x[salient.column[i + k]];
+                }
+                for (; i < salient.count; i++) lanes[i % 4] += values[i] * x[salient.column[i]];
+                sum_[token] += (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
             }
         }
         float total(int64_t token) const { return sum_[token]; }
@@ -146,7 +182,7 @@ struct PartialOperations {
        private:
         const Partial& w_;
         const Activations& x_;
-        int64_t group_ = -1;
+        int64_t group_end_ = 0;  // of the row's columns, which come in order
         Correction correction_{};
         float sum_[kTokens];
     };
