@@ -1,5 +1,7 @@
 // The three steps of a product, for all layouts and instruction sets.
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -36,18 +38,40 @@ class Workspace {
     // Room for so many bytes, aligned to cache lines; what was there is lost.
     char* reserve(size_t bytes) {
         if (bytes > size_) {
-            memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-            size_ = memory_ ? bytes : 0;
-            if (!memory_) throw std::bad_alloc();
+            memory_.reset();
+            size_ = 0;
+            memory_ = allocate(bytes);
+            size_ = bytes;
         }
         return memory_.get();
     }
 
    private:
+    // More than this is mapped: once a large block has been freed, glibc keeps blocks up to its size instead of giving
+    // them back, which was 120 MB of a model of 7B that had read a prompt.
+    static constexpr size_t kMapped = 1 << 20;
+
     struct Free {
-        void operator()(char* memory) const { std::free(memory); }
+        size_t mapped;  // bytes, or 0
+        void operator()(char* memory) const {
+            if (mapped) munmap(memory, mapped);
+            else std::free(memory);
+        }
     };
-    std::unique_ptr<char, Free> memory_;
+    using Memory = std::unique_ptr<char, Free>;
+
+    static Memory allocate(size_t bytes) {
+        if (bytes < kMapped) {
+            char* memory = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+            if (!memory) throw std::bad_alloc();
+            return Memory(memory, Free{0});
+        }
+        void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+        return Memory(static_cast<char*>(memory), Free{bytes});
+    }
+
+    Memory memory_{nullptr, Free{0}};
     size_t size_ = 0;
 };
 
