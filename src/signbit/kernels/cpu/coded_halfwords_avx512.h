@@ -69,9 +69,8 @@ class CodedTile {
     // Adds the words [word, end); ``word`` is the first of a block.
     void add(int64_t word, int64_t end) {
         constexpr int64_t rows = kHalfwordRows * Vectors;
-        const int64_t words = kinds_[part_.set[0].term[0].kind].words;
         PartAhead<Avx512> ahead;
-        if (One) ahead = {part_, row_, n_, rows, chosen_terms(part_.set[0]) * words, true};
+        if (One) ahead = {part_, row_, n_, rows, steps_of(part_.set[0]), true};
         for (int64_t block = word; block < end; block += kChunkWords) {
             const int64_t count = least(kChunkWords, end - block);
             CodedBlock<Vectors> bits;
@@ -92,15 +91,18 @@ class CodedTile {
         NothingAhead later;
         bits.load(plane, row_, n_, block, there, One ? &later : nullptr);
     }
-    // Loads take little of the time: what comes next is fetched while sums are made.
+    // Loads take little of the time: what comes next is fetched while the sums of the first set are made.
     struct NothingAhead {
         void step() {}
     };
-    static int64_t chosen_terms(const Codebooks& set) {
+    int64_t steps_of(const Codebooks& set) const {
+        const Activations& x = kinds_[set.term[0].kind];
+        if (looks_up_some(set)) return x.runs;
         int64_t chosen = 0;
         for (int64_t t = 0; t < set.terms; t++) chosen += set.term[t].bits != Bits::all;
-        return chosen;
+        return chosen * x.words;
     }
+    static bool looks_up_some(const Codebooks& set) { return set.lookups[kLookupSizes - 1]; }
 
     void add_set(int64_t number, const CodedBlock<Vectors>& bits, int64_t block, int64_t count,
                  PartAhead<Avx512>& ahead) {
@@ -111,7 +113,8 @@ class CodedTile {
             for (int64_t t = 0; run.begins && t < set.terms; t++) {
                 if (set.term[t].bits == Bits::all) add_constant(kinds_[set.term[t].kind], run.index, coefficients[t]);
             }
-            if (set.lookups[kLookupSizes - 1]) {
+            if (looks_up_some(set)) {
+                if (One && number == 0) ahead.step();
                 add_some(set, run.index, bits, block, coefficients);
                 continue;
             }

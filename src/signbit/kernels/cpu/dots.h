@@ -1,5 +1,5 @@
 // Dot products of bits and digits, row by row: how one or two tokens are multiplied where there is AVX-512, but for
-// exact products with sign planes and split planes, which halfwords.h is faster at.
+// exact products with sign, split and Haar planes, and split planes in 8 bits, which halfwords.h is faster at.
 //
 // Lookups (lookup.h) share what they do between rows, and want words of 32 rows side by side. With few tokens it may be
 // faster to go through a row from end to end, 512 columns of it at a time: a *chunk*. A mask leaves one bit of each of 64
