@@ -1,4 +1,4 @@
-// The kernels against plain sums in double, without Python: `make neon` runs this for ARM under an emulator.
+// The kernels against plain sums in double, without Python: `make driver`, and for ARM under an emulator `make neon`.
 
 #include <algorithm>
 #include <cmath>
@@ -196,7 +196,7 @@ int main() {
         for (const int64_t features : {1, 12, 64, 100, 128, 577}) {
             for (const int64_t tokens : {1, 7, 300}) run_steps(*isa, features, tokens);
         }
-        for (const int64_t n : {1, 5, 33, 200}) {
+        for (const int64_t n : {1, 5, 33, 64, 200}) {
             for (const int64_t m : {1, 100, 576, 4097}) {
                 for (const int64_t group_size : {0, 7, 32, 100, 128}) {
                     for (const bool int8 : {false, true}) {

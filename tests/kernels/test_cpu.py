@@ -28,7 +28,7 @@ from signbit.modules import QuantizedLinear
 
 Make = Callable[[int, int], Layout]
 
-SIZES = [(1, 576), (5, 1), (16, 100), (33, 4097), (100, 576)]
+SIZES = [(1, 576), (5, 1), (16, 100), (33, 4097), (64, 256), (100, 576)]
 
 
 def random(*size: int) -> Tensor:

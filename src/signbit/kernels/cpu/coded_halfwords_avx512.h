@@ -233,7 +233,6 @@ class CodedTile {
             y_ + token * stride_, [&](int v, int half) { return coefficients[v].strip[half]; }, value);
     }
 
-
     const CodedPlanes& part_;
     const Activations* kinds_;
     int64_t row_, n_;
@@ -242,15 +241,15 @@ class CodedTile {
     Books books_[2];
 };
 
-// Rows of a part whose outputs are transformed.
+// Rows of a part whose outputs are transformed, which may be done panel by panel.
 template <int Vectors, int Pieces, bool One>
-void add_coded_pairs(const CodedPlanes& part, const Activations* kinds, int64_t row, int64_t n, float* y,
-                     int64_t stride) {
+void add_coded_pairs(const CodedPlanes& part, const Activations* kinds, int64_t row, int64_t n, int64_t word,
+                     int64_t end, float* y, int64_t stride) {
     constexpr int64_t rows = kHalfwordRows * Vectors;
     alignas(64) float own[kHalfwordTokens * rows];
-    const int64_t tokens = kinds[0].tokens, words = kinds[part.set[0].term[0].kind].words;
+    const int64_t tokens = kinds[0].tokens;
     for (int64_t i = 0; i < tokens * rows; i++) own[i] = 0.0f;
-    CodedTile<Vectors, Pieces, One>(part, kinds, row, n, own, rows).add(0, words);
+    CodedTile<Vectors, Pieces, One>(part, kinds, row, n, own, rows).add(word, end);
     for (int64_t token = 0; token < tokens; token++) {
         for (int64_t i = 0; i < rows; i += 16) {
             const int64_t there = greatest(least(n - row - i, 16), 0);
@@ -266,12 +265,12 @@ void coded_halfwords(const Coded& w, const Activations* kinds, int64_t first, in
     for (int64_t p = 0; p < w.parts; p++) {
         const CodedPlanes& part = w.part[p];
         const Activations& x = kinds[part.set[0].term[0].kind];
-        const int64_t panel = part.pairs ? x.words : panel_words<Pieces, One>(x);
+        const int64_t panel = panel_words<Pieces, One>(x, part.sets);
         for (int64_t word = 0; word < x.words; word += panel) {
             const int64_t end = least(word + panel, x.words);
             for_each_tile(first, last, [&](auto vectors, int64_t row) {
                 constexpr int V = decltype(vectors)::value;
-                if (part.pairs) add_coded_pairs<V, Pieces, One>(part, kinds, row, w.n, y, stride);
+                if (part.pairs) add_coded_pairs<V, Pieces, One>(part, kinds, row, w.n, word, end, y, stride);
                 else CodedTile<V, Pieces, One>(part, kinds, row, w.n, y + row, stride).add(word, end);
             });
         }

@@ -46,7 +46,7 @@ class SignedZones {
     // Times the scales, and a mean for both.
     template <class Numbers>
     [[gnu::always_inline]] __m512 product(const Chunk<1>& x, const Numbers& scales, const Numbers& means,
-                                          int64_t means_each, int row) const {
+                                          int64_t means_each) const {
         __m512 product = _mm512_setzero_ps();
 #pragma GCC unroll 2
         for (int band = 0; band < Bands; band++) {
@@ -54,9 +54,9 @@ class SignedZones {
 #pragma GCC unroll 2
             for (int z = 0; z < 2; z++) {
                 const __m512 sum = _mm512_sub_ps(dots_[z][band].sum(), all);
-                product = _mm512_fmadd_ps(scales.at(row, 2 * band + z), sum, product);
+                product = _mm512_fmadd_ps(scales.at(0, 2 * band + z), sum, product);
             }
-            if (means_each) product = _mm512_fmadd_ps(means.at(row, band), all, product);
+            if (means_each) product = _mm512_fmadd_ps(means.at(0, band), all, product);
         }
         return product;
     }
@@ -82,18 +82,18 @@ class MeanZones {
         }
     }
     template <class Numbers>
-    [[gnu::always_inline]] __m512 product(const Chunk<1>& x, const Numbers& scales, const Numbers& means, int64_t,
-                                          int row) const {
+    [[gnu::always_inline]] __m512 product(const Chunk<1>& x, const Numbers& scales, const Numbers& means,
+                                          int64_t) const {
         const __m512 minus_two = _mm512_set1_ps(-2.0f);
         __m512 product = _mm512_setzero_ps();
 #pragma GCC unroll 2
         for (int band = 0; band < Bands; band++) {
             const __m512 zone1 = of(zone_, band), both = of(both_, band), zone0 = _mm512_sub_ps(x.all(band, Bands), zone1);
             const __m512 only = _mm512_sub_ps(of(negative_, band), both);
-            product = _mm512_fmadd_ps(scales.at(row, 2 * band), _mm512_fmadd_ps(only, minus_two, zone0), product);
-            product = _mm512_fmadd_ps(scales.at(row, 2 * band + 1), _mm512_fmadd_ps(both, minus_two, zone1), product);
-            product = _mm512_fmadd_ps(means.at(row, 2 * band), zone0, product);
-            product = _mm512_fmadd_ps(means.at(row, 2 * band + 1), zone1, product);
+            product = _mm512_fmadd_ps(scales.at(0, 2 * band), _mm512_fmadd_ps(only, minus_two, zone0), product);
+            product = _mm512_fmadd_ps(scales.at(0, 2 * band + 1), _mm512_fmadd_ps(both, minus_two, zone1), product);
+            product = _mm512_fmadd_ps(means.at(0, 2 * band), zone0, product);
+            product = _mm512_fmadd_ps(means.at(0, 2 * band + 1), zone1, product);
         }
         return product;
     }
@@ -126,22 +126,18 @@ struct ZonedProduct {
     void add_as(const SideBySide<rows>& row, __m512* parts) const {
         const RowsOfBits<rows> A = bits_of(signs, row), C = bits_of(zones, row);
         RowsCoefficients<rows, Vectors> scales(set.scales, row), means(set.means, row);
-        __m512 product[rows] = {};
+        __m512 product = _mm512_setzero_ps();
         for (int64_t chunk = row.from; chunk < row.upto; chunk++) {
-            __m512i a[rows], c[rows];
-            A.load(chunk, a);
-            C.load(chunk, c);
+            __m512i a, c;
+            A.load(chunk, &a);
+            C.load(chunk, &c);
             scales.load(chunk);
             if (set.means_each) means.load(chunk);
-#pragma GCC unroll 2
-            for (int r = 0; r < rows; r++) {
-                Zones sums;
-                sums.add(a[r], c[r], x[chunk]);
-                const __m512 of_chunk = sums.product(x[chunk], scales, means, set.means_each, r);
-                product[r] = _mm512_fmadd_ps(of_chunk, x[chunk].step, product[r]);
-            }
+            Zones sums;
+            sums.add(a, c, x[chunk]);
+            product = _mm512_fmadd_ps(sums.product(x[chunk], scales, means, set.means_each), x[chunk].step, product);
         }
-        for (int r = 0; r < rows; r++) parts[r] = _mm512_add_ps(parts[r], product[r]);
+        *parts = _mm512_add_ps(*parts, product);
     }
     RowsOfBits<rows> bits_of(const Plane& plane, const SideBySide<rows>& row) const {
         return base < 0 ? RowsOfBits<rows>(plane, row) : RowsOfBits<rows>(plane, row, base);
@@ -173,7 +169,7 @@ inline void haar_dots_rows(const void* matrix, const Activations* kinds, int64_t
                 bits.load(0, w.salient, w.along_rows ? w.salient_signs : w.signs, row, count);
                 bits.load(1, w.salient, w.along_rows ? w.salient_zones : w.zones, row, count);
                 const ZonedProduct<1, 2> salient{bits.plane[0], bits.plane[1], w.of_salient,
-                                                      chunks_of<1>(kinds[1], token), row};
+                                                 chunks_of<1>(kinds[1], token), row};
                 paired = _mm512_add_ps(paired, rows_product(salient, row, count, chunks_in(kinds[1])));
             }
             Avx512::store(y + token * stride + row, _mm512_add_ps(plain, over_pairs(paired, count)), count);

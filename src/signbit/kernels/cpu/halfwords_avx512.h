@@ -268,11 +268,11 @@ template <int Vectors, class Coefficient, class Value>
 // the second-level cache.
 constexpr int64_t kPanelBytes = 1 << 19;
 
-// Words of a panel: whole blocks. Rows times one token are read from end to end.
+// Words of a panel, of so many kinds of activations: whole blocks. Rows times one token are read from end to end.
 template <int Pieces, bool One>
-int64_t panel_words(const Activations& x) {
+int64_t panel_words(const Activations& x, int64_t kinds = 1) {
     constexpr int64_t block_bytes = 2 * sizeof(HalfwordTable<Pieces>) * kChunkWords;
-    return One ? x.words : greatest(kPanelBytes / (x.tokens * block_bytes), 1) * kChunkWords;
+    return One ? x.words : greatest(kPanelBytes / (x.tokens * kinds * block_bytes), 1) * kChunkWords;
 }
 
 // Calls do_tile(Count<vectors>, row) for tiles of 128 rows, and for those that are left of 64 and of 32.

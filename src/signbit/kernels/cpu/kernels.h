@@ -160,7 +160,8 @@ struct Matrix {
 // Rows of y that are written together, beyond the last one too.
 constexpr int64_t kOutputRows = 32;
 
-// y [tokens, n] = x [tokens, m] W^T; contiguous, both of the same type.
+// y [tokens, n] = x [tokens, m] W^T; contiguous, both of the same type, in memory of their own: y may be written while x
+// is still read.
 void multiply(const Matrix& matrix, const Isa& isa, const void* x, void* y, Scalar type, int64_t tokens, bool int8,
               int threads);
 

@@ -16,7 +16,7 @@
 //     strips                  vectors side by side, which share what is read from tables; a tile has
 //                             lanes * strips rows
 //     load_words              words of ``lanes`` rows, transposed
-//     load_coefficients       coefficients of ``lanes`` rows, transposed
+//     load_coefficients       coefficients of ``lanes`` rows, transposed, unless it has a CoefficientBlock of its own
 //     Sum<Int8>               what the words of a run add up to, exact or of integers:
 //         tabulate(x, table)      the tables of one word's 32 activations, ``table_bytes``
 //         index(words)            what a lookup needs of a word, for all strips

@@ -18,7 +18,7 @@ namespace kernels {
 namespace {
 
 // Bytes of tables that are in use at a time: they are read again for every tile, and belong in the second-level cache.
-constexpr int64_t kTableBytes = 1 << 20;
+constexpr int64_t kTableBytes = 1 << 20, kHalfwordTableBytes = 8 << 20;
 
 // What is made of activations for all threads by one of them takes so much at most.
 constexpr int64_t kSharedBytesPerColumn = 8;
@@ -47,7 +47,7 @@ class Workspace {
     }
 
    private:
-    // More than this is mapped: once a large block has been freed, glibc keeps blocks up to its size instead of giving
+    // From this on it is mapped: once a large block has been freed, glibc keeps blocks up to its size instead of giving
     // them back, which was 120 MB of a model of 7B that had read a prompt.
     static constexpr size_t kMapped = 1 << 20;
 
@@ -214,13 +214,11 @@ void multiply_few(const Matrix& matrix, const Isa& isa, const char* x, char* y, 
 
 // How many tokens are worked on together.
 int64_t tokens_together(const Matrix& matrix, const Isa& isa, bool int8) {
-    int64_t table_bytes = 1;
-    for (int64_t kind = 0; kind < matrix.kinds(); kind++) {
-        // Their rows take turns in panels, whose tables are small enough.
-        if (matrix.form(kind) == Form::halfwords) return kHalfwordTokens;
-        table_bytes += bytes_of(matrix, isa, kind, int8);
-    }
-    return std::clamp<int64_t>(kTableBytes / table_bytes, 1, kTokens);
+    const int64_t bytes = std::max<int64_t>(per_token(matrix, isa, int8), 1);
+    // Their rows take turns in panels, whose tables fit the second-level cache; all of them should fit the last.
+    const bool halfwords = matrix.kinds() && matrix.form(0) == Form::halfwords;
+    if (halfwords) return kHalfwordTokens * bytes <= kHalfwordTableBytes ? kHalfwordTokens : kTokens;
+    return std::clamp<int64_t>(kTableBytes / bytes, 1, kTokens);
 }
 
 }  // namespace
