@@ -127,8 +127,8 @@ void structured_dots(const void* matrix, const Activations* kinds, int64_t first
             __m512 sum = sums_of(parts[token]);
             if (w.salient.count) {
                 const ResidualProduct<Digits> salient{bits.plane[0], bits.plane[1], bits.plane[2],
-                                                            w.salient_scales, w.salient_means,
-                                                            chunks_of<Digits>(kinds[1], token), row};
+                                                      w.salient_scales, w.salient_means,
+                                                      chunks_of<Digits>(kinds[1], token), row};
                 sum = _mm512_add_ps(sum, rows_product(salient, row, count, chunks_in(kinds[1])));
             }
             Avx512::store(y + token * stride + row, sum, count);
